@@ -1,0 +1,251 @@
+"""The whole configuration: one TOML file, environment overrides, frozen models.
+
+`load()` reads the file, applies `STREAMLEARN__SECTION__KEY=value` overrides and validates.  Every complaint names the file
+(or variable), the key, the value and the remedy, and is raised before anything on disk is changed.  Nothing is ever
+written back: derived values are properties.  The resolved config travels in every checkpoint and snapshot.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from streamlearn.contract.errors import ConfigError
+
+ENV_PREFIX = "STREAMLEARN__"
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ConnectorConfig(Section):
+    """A source of candidates."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    kind: Literal["folder", "urls"]
+    path: str  # the watched folder, or the list of URLs (.txt .csv .parquet)
+    url_column: str = "url"  # csv and parquet
+    follow: bool = True  # keep watching for new files or lines; false: read once, then idle
+    poll_s: float = Field(default=1.0, gt=0)
+
+
+class LogConfig(Section):
+    """The embedded event log."""
+
+    partitions: int = Field(default=2, ge=1, le=1024)
+
+
+class FetchConfig(Section):
+    """Caps and manners of the fetcher.  Anything over a cap is a refusal, never an error."""
+
+    concurrency: int = Field(default=32, ge=1, le=4096)  # requests in flight
+    per_host: int = Field(default=8, ge=1)  # requests in flight to one host
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
+    max_bytes: int = Field(default=20 * 2**20, ge=1024)
+    max_pixels: int = Field(default=64_000_000, ge=1024)
+    min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
+    max_redirects: int = Field(default=5, ge=0)
+    attempts: int = Field(default=3, ge=1)  # quick tries inside one unit before a candidate is deferred
+    backoff_s: float = Field(default=0.5, gt=0)  # before the second quick try; doubles
+    retry_delays_s: tuple[float, ...] = (300.0, 3600.0, 86400.0)  # one retry topic each; after the last: dead
+    user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"
+    allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
+
+    @field_validator("allow_networks")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for block in value:
+            ip_network(block)  # ValueError names the block
+        return value
+
+
+class ShardConfig(Section):
+    """When a unit of offsets is closed and sealed into one shard."""
+
+    max_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_samples: int = Field(default=4096, ge=1)  # offsets, whatever their outcome
+    max_age_s: float = Field(default=300.0, gt=0)  # since its first record: a slow stream still reaches the learner
+
+
+class CropConfig(Section):
+    """One resolution of the multi-crop (SwAV, arXiv:2006.09882, section 3.2)."""
+
+    count: int = Field(ge=1)
+    size: int = Field(ge=8)  # px
+    scale: tuple[float, float]  # share of the image's area
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale = {self.scale}: must be 0 < low <= high <= 1")
+        return self
+
+
+class StreamConfig(Section):
+    """From catalog to batches."""
+
+    seed: int = 0
+    crops: tuple[CropConfig, ...] = (
+        CropConfig(count=2, size=224, scale=(0.14, 1.0)),
+        CropConfig(count=4, size=96, scale=(0.05, 0.14)),
+    )
+    jitter: float = Field(default=1.0, ge=0)  # colour distortion strength s: .8s .8s .8s .2s, p = 0.8, gray p = 0.2
+    blur: Fraction = 0.5  # probability of Gaussian blur, sigma 0.1-2.0 px
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fresh_fraction: float = Field(default=0.5, gt=0, le=1)  # of a round; the rest is replay
+    max_replay_per_fresh: float = Field(default=1.0, ge=0)  # replays ever drawn per fresh image ever learnt (idle rounds)
+    reservoir: int = Field(default=65536, ge=1)  # samples that replay draws from
+    round_samples: int = Field(default=4096, ge=1)  # fresh samples in a round, at most (whole shards; at least one shard)
+    workers: int = Field(default=2, ge=0)  # decode processes; 0: in the trainer's own process
+    prefetch: int = Field(default=4, ge=1)  # batches ahead
+    cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
+    poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
+
+
+class ModelConfig(Section):
+    """Trunk and projection head."""
+
+    backbone: str = "regnety-400mf"  # learn.backbones knows the names
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, for images of 32-64 px
+    head: tuple[int, ...] = (2048, 128)  # hidden widths, then the embedding's
+    head_norm: Literal["bn", "none"] = "bn"
+
+
+class ObjectiveConfig(Section):
+    """SwAV."""
+
+    kind: Literal["swav"] = "swav"
+    prototypes: int = Field(default=3000, ge=2)
+    temperature: float = Field(default=0.1, gt=0)
+    epsilon: float = Field(default=0.05, ge=0.005)
+    sinkhorn_iterations: int = Field(default=3, ge=1)
+    queue: int = Field(default=0, ge=0)  # embeddings kept of past batches; for batches under ~1024
+    queue_start: int = Field(default=0, ge=0)  # step at which the queue is first used
+    freeze_prototypes: int = Field(default=313, ge=0)  # steps
+
+
+class OptimConfig(Section):
+    kind: Literal["lars", "sgd"] = "lars"
+    lr: float = Field(default=0.3, gt=0)  # after warm-up, for the batch as configured (no hidden scaling)
+    warmup_steps: int = Field(default=500, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-6, ge=0)
+    trust: float = Field(default=0.001, gt=0)  # lars
+
+
+class PlateauConfig(Section):
+    """Halve the rate when a plateau is proved (learn/lr_policy.py)."""
+
+    block_steps: int = Field(default=50, ge=1)
+    min_blocks: int = Field(default=24, ge=4)
+    horizon_blocks: int = Field(default=48, ge=1)  # the gain is judged over this many blocks ahead
+    delta: float = Field(default=0.003, gt=0)  # relative gain per horizon that is too small to wait for
+    looks: int = Field(default=2, ge=1)  # consecutive looks that must agree
+    floor: float = Field(default=1 / 64, gt=0, le=1)  # of the base rate
+
+
+class TrainConfig(Section):
+    seed: int = 0
+    batch: int = Field(default=64, ge=2)
+    threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
+    device: str = "cpu"
+    optim: OptimConfig = OptimConfig()
+    plateau: PlateauConfig = PlateauConfig()
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # warmed up: min(decay, (1 + step) / (10 + step))
+    checkpoint_steps: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    snapshot_steps: int = Field(default=2000, ge=1)
+    bn_images: int = Field(default=512, ge=2)  # for re-estimating BatchNorm of the published EMA weights
+    max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
+    max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
+    name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
+
+
+class BankConfig(Section):
+    """A labelled bank: an image folder (one sub-folder a class) or a parquet file with bytes and label."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    train: str
+    test: str = ""  # empty: every fifth image of `train`, by hash of its bytes
+    image_column: str = "jpeg"
+    label_column: str = "label"
+    max_train: int = Field(default=10_000, ge=10)
+    max_test: int = Field(default=10_000, ge=10)
+
+
+class ProbeConfig(Section):
+    banks: tuple[BankConfig, ...] = ()
+    k: int = Field(default=20, ge=1)
+    temperature: float = Field(default=0.07, gt=0)
+    batch: int = Field(default=256, ge=1)
+    threads: int = Field(default=1, ge=0)
+    poll_s: float = Field(default=2.0, gt=0)
+
+
+class DemoConfig(Section):
+    """The image world of the quickstart."""
+
+    enabled: bool = False
+    seed: int = 7
+    size: int = Field(default=48, ge=16)  # px
+    rate: float = Field(default=100.0, gt=0)  # new images a second
+    quarter_images: int = Field(default=6000, ge=1)  # images in a "quarter": then new concepts appear and styles shift
+    max_images: int = Field(default=200_000, ge=1)
+    port: int = Field(default=0, ge=0, le=65535)
+
+
+class SuperviseConfig(Section):
+    backoff_s: float = Field(default=0.5, gt=0)  # before the first restart; doubles
+    backoff_max_s: float = Field(default=30.0, gt=0)
+    crash_loop: int = Field(default=5, ge=1)  # deaths ...
+    crash_window_s: float = Field(default=60.0, gt=0)  # ... within this time: give up loudly
+    grace_s: float = Field(default=30.0, gt=0)  # from SIGTERM to SIGKILL
+    refresh_s: float = Field(default=1.0, gt=0)  # of the terminal view
+    report_s: float = Field(default=60.0, ge=0)  # between report pages; 0: none
+
+
+class Config(Section):
+    """The whole run.  Relative paths are relative to the file's folder."""
+
+    home: str = ".streamlearn"
+    metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
+    connectors: tuple[ConnectorConfig, ...] = ()
+    log: LogConfig = LogConfig()
+    fetch: FetchConfig = FetchConfig()
+    shard: ShardConfig = ShardConfig()
+    stream: StreamConfig = StreamConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    probe: ProbeConfig = ProbeConfig()
+    demo: DemoConfig = DemoConfig()
+    supervise: SuperviseConfig = SuperviseConfig()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        for what, names in (("connectors", self.connectors), ("probe.banks", self.probe.banks)):
+            seen = [n.name for n in names]
+            if len(set(seen)) != len(seen):
+                raise ValueError(f"{what}: names must differ, got {seen}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of the whole config."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
