@@ -266,7 +266,11 @@ def load(path: Path | None, *, env: Mapping[str, str] = os.environ, overrides: M
             raise ConfigError(f"{path}: no such file; write one from `streamlearn config show`") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}: not TOML: {e}") from e
-    settings = [(f"environment {name}", name[len(ENV_PREFIX) :].lower().split("__"), v) for name, v in sorted(env.items()) if name.startswith(ENV_PREFIX)]
+    settings = [
+        (f"environment {name}", name[len(ENV_PREFIX) :].lower().split("__"), v)
+        for name, v in sorted(env.items())
+        if name.startswith(ENV_PREFIX)
+    ]
     settings += [(f"--set {key}", key.split("."), v) for key, v in (overrides or {}).items()]
     origins = {}
     for origin, keys, text in settings:

@@ -38,6 +38,13 @@ def publish(staged: Path, path: Path) -> None:
         raise translate(e, path) from e
 
 
+def sync(path: Path) -> None:
+    """Make a file that another library renamed into place survive power loss."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+    _sync_folder(path.parent)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line in one write.  A crash can tear only the last line; the next append starts on a fresh one."""
     try:

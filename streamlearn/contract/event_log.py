@@ -119,7 +119,9 @@ class SqliteLog:
                 self._db.executemany("INSERT OR IGNORE INTO ends VALUES (?,?,0,0)", [(topic, p) for p in range(partitions)])
             elif row[0] != partitions:
                 # a key's partition is a hash modulo their number: changing it would split a host over two owners
-                raise Corrupt(f"{self.path}: topic {topic} has {row[0]} partitions, config says log.partitions = {partitions}; set it back")
+                raise Corrupt(
+                    f"{self.path}: topic {topic} has {row[0]} partitions, config says log.partitions = {partitions}; set it back"
+                )
 
     def partitions(self, topic: str) -> int:
         row = self._one("SELECT partitions FROM topics WHERE topic=?", topic)
@@ -181,7 +183,9 @@ class SqliteLog:
 
     def trim(self, topic: str, partition: int, before: int) -> int:
         with self._lock, self._transaction():
-            dropped = self._db.execute("DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)).rowcount
+            dropped = self._db.execute(
+                "DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)
+            ).rowcount
             self._db.execute("UPDATE ends SET first=MAX(first, MIN(end, ?)) WHERE topic=? AND part=?", (before, topic, partition))
         return dropped
 

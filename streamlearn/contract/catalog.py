@@ -1,0 +1,211 @@
+"""The catalog: the one table that says which shards exist, and how far each partition is covered.
+
+A Delta table (delta-rs), one row a shard.  The position of a partition is the Delta application transaction
+`ingest/<log id>/<topic>/<partition>`, moved in the same commit that adds the rows.
+
+  1. read     the table's newest state; every advance must start where its partition stands, else Fenced
+  2. write    one parquet file with the new rows (no one lists it yet)
+  3. put      _delta_log/<version>.json, if absent, with the rows and the new positions        <- THE COMMIT POINT
+  4. tidy     every 100 versions a checkpoint of the log
+
+Killed after   what is left                        who mends it
+  1            nothing
+  2            a parquet file no version names     vacuum
+  3            nothing: it is committed            the next writer reads the new position
+  4            nothing
+
+A zombie that read its position before another committed the same offsets loses at 3: Delta refuses concurrent changes of one
+application transaction, and it raises Fenced.  A reply lost at 3 is resolved by reading back: if the positions have moved to
+our ends and the rows are ours, the commit is ours.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from streamlearn.contract import durable
+from streamlearn.contract.errors import Corrupt, Fenced, Retryable, StoreFull
+
+CHECKPOINT_EVERY = 100
+_FULL = ("No space left", "os error 28", "os error 122")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRow:
+    key: str
+    sha256: str
+    bytes: int
+    num_samples: int  # stored images; 0 where every offset of the range ended otherwise
+    topic: str
+    partition: int
+    first_offset: int
+    end_offset: int  # one past the last
+    first_fetched_at: str  # RFC 3339 UTC; empty when nothing was fetched
+    last_fetched_at: str
+    day: str  # YYYY-MM-DD
+    generation: str = ""  # the quarter it was cut into, once it was
+    status: str = "live"
+    replaces: str = ""
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A partition's position moves from `start` to `end`."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+class Catalog(Protocol):
+    def position(self, topic: str, partition: int) -> int:
+        """The next offset to be fetched; 0 when nothing is committed."""
+
+    def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
+        """Add the rows and move the positions, exactly once; the new version.  Raises Fenced, StoreFull."""
+
+    def follow(self, after: int) -> tuple[int, list[ShardRow]]:
+        """(newest version, rows added in versions above `after` in commit order).  `after` = -1: all."""
+
+    def rows(self) -> list[ShardRow]:
+        """The live rows in commit order."""
+
+    def version(self) -> int: ...
+
+
+_TYPES = {int: pa.int64(), str: pa.string()}
+_FIELDS = [(f.name, _TYPES[int if f.type in (int, "int") else str]) for f in dataclasses.fields(ShardRow)]
+# `committed` orders rows: by the version that added them, then by their place in the commit
+SCHEMA = pa.schema([*_FIELDS, ("committed", pa.int64()), ("place", pa.int64())])
+
+
+class DeltaCatalog:
+    """The embedded and the deployed catalog: the same table in a folder or on S3."""
+
+    def __init__(self, uri: str, *, log_id: str, storage_options: dict[str, str] | None = None, attempts: int = 20):
+        self.uri, self.log_id, self.storage_options, self.attempts = uri, log_id, storage_options, attempts
+        self._table: DeltaTable | None = None
+
+    def position(self, topic: str, partition: int) -> int:
+        table = self._open()
+        return 0 if table is None else self._position(table, topic, partition)
+
+    def version(self) -> int:
+        table = self._open()
+        return -1 if table is None else table.version()
+
+    def rows(self) -> list[ShardRow]:
+        return self.follow(-1)[1]
+
+    def follow(self, after: int) -> tuple[int, list[ShardRow]]:
+        table = self._open()
+        if table is None:
+            return -1, []
+        if table.version() <= after:
+            return table.version(), []
+        try:
+            found = table.to_pyarrow_table(filters=[("committed", ">", after), ("status", "=", "live")])
+        except (FileNotFoundError, OSError, DeltaError, pa.ArrowException) as e:
+            raise Corrupt(f"{self.uri}: the table names a file that cannot be read: {e}; restore the folder from a backup") from e
+        rows = sorted(found.to_pylist(), key=lambda r: (r["committed"], r["place"]))
+        names = [name for name, _ in _FIELDS]
+        return table.version(), [ShardRow(**{name: row[name] for name in names}) for row in rows]
+
+    def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
+        if len({(a.topic, a.partition) for a in advances}) != len(advances):
+            raise ValueError("a commit moves each partition once")
+        lost = False  # whether an earlier attempt ended without a clear reply
+        for attempt in range(self.attempts):
+            table = self._open() or self._create()
+            if self._settled(table, rows, advances, lost):
+                return table.version()
+            try:
+                self._write(table, rows, advances)
+            except CommitFailedError:
+                lost = True  # someone was first, perhaps we ourselves: the next look at the positions tells
+                time.sleep(0.01 * (attempt + 1))
+            except (DeltaError, OSError) as e:
+                if any(sign in str(e) for sign in _FULL):
+                    raise StoreFull(
+                        f"{self.uri}: no space left for the commit; free some space, the work goes on by itself", after_s=2.0
+                    ) from e
+                lost = True
+                time.sleep(0.05 * (attempt + 1))
+                if attempt == self.attempts - 1:
+                    raise Retryable(f"{self.uri}: the commit failed {self.attempts} times, last with: {e}", after_s=5.0) from e
+            else:
+                self._tidy(table)
+                return table.version()
+        raise Retryable(f"{self.uri}: {self.attempts} attempts lost to other writers", after_s=1.0)
+
+    def _settled(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance], lost: bool) -> bool:
+        """True if our commit is already in; raises Fenced if another's is."""
+        at = [self._position(table, a.topic, a.partition) for a in advances]
+        if all(p == a.start for p, a in zip(at, advances, strict=True)):
+            return False
+        if lost and all(p == a.end for p, a in zip(at, advances, strict=True)):
+            known = {row.key for row in self.rows()}
+            if all(row.key in known for row in rows):
+                return True
+        moved = ", ".join(
+            f"{a.topic}/{a.partition} is at {p}, not {a.start}" for p, a in zip(at, advances, strict=True) if p != a.start
+        )
+        raise Fenced(f"{self.uri}: {moved}: another writer was here; drop the unit and read the position anew")
+
+    def _write(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> None:
+        version = table.version() + 1
+        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name, _ in _FIELDS}
+        columns |= {"committed": [version] * len(rows), "place": list(range(len(rows)))}
+        moves = [Transaction(self._app(a.topic, a.partition), a.end) for a in advances]
+        # no blind retries inside delta-rs: each attempt must look at the positions, and `committed` must be its own version
+        properties = CommitProperties(app_transactions=moves, max_commit_retries=0)
+        write_deltalake(table, pa.table(columns, schema=SCHEMA), mode="append", commit_properties=properties)
+        table.update_incremental()
+
+    def _tidy(self, table: DeltaTable) -> None:
+        if "://" not in self.uri:  # delta-rs renames without syncing; a commit that was acknowledged must survive power loss
+            durable.sync(Path(self.uri) / "_delta_log" / f"{table.version():020d}.json")
+        if table.version() and table.version() % CHECKPOINT_EVERY == 0:
+            table.create_checkpoint()
+
+    def _app(self, topic: str, partition: int) -> str:
+        return f"ingest/{self.log_id}/{topic}/{partition}"
+
+    def _position(self, table: DeltaTable, topic: str, partition: int) -> int:
+        return table.transaction_version(self._app(topic, partition)) or 0
+
+    def _open(self) -> DeltaTable | None:
+        try:
+            if self._table is None:
+                self._table = DeltaTable(self.uri, storage_options=self.storage_options)
+            else:
+                self._table.update_incremental()
+        except TableNotFoundError:
+            return None
+        except DeltaError as e:
+            raise Corrupt(f"{self.uri}: the Delta log cannot be read: {e}; restore the folder from a backup") from e
+        return self._table
+
+    def _create(self) -> DeltaTable:
+        if "://" not in self.uri:
+            try:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise durable.translate(e, Path(self.uri)) from e
+        # transactions and log entries are the positions: they are never forgotten
+        configuration = {
+            "delta.setTransactionRetentionDuration": "interval 100000 days",
+            "delta.logRetentionDuration": "interval 365 days",
+        }
+        self._table = DeltaTable.create(
+            self.uri, schema=SCHEMA, mode="ignore", storage_options=self.storage_options, configuration=configuration, name="shards"
+        )
+        return self._table

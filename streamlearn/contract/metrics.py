@@ -1,0 +1,95 @@
+"""Every number the project exports, with its labels and unit.  Dashboards and alerts may use these names and no others.
+
+Classes take a registry, so importing registers nothing.  Labels are closed sets, made in advance: never a host, a URL or a digest.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from streamlearn.contract.shards import OUTCOMES
+
+
+class ConnectMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.candidates = Counter("connect_candidates", "Candidates appended to the log", registry=registry)
+        self.refused = Counter("connect_refused", "Entries of a source that are no candidates, dead-lettered", registry=registry)
+        self.heartbeat = Gauge("connect_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
+class FetchMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.outcomes = Counter("fetch_outcomes", "Offsets by how they ended", ["outcome"], registry=registry)
+        for outcome in OUTCOMES:
+            self.outcomes.labels(outcome)  # a counter that starts at 0 shows its first increase
+        self.rejected = Counter("fetch_rejected", "Refused candidates by reason (a closed set)", ["reason"], registry=registry)
+        self.bytes = Counter("fetch_received_bytes", "Bytes of image bodies received", registry=registry)
+        self.seconds = Histogram("fetch_duration_seconds", "One fetch, redirects included", registry=registry)
+        self.lag = Gauge("fetch_lag_records", "Records in the log that the catalog does not cover yet", registry=registry)
+        self.oldest = Gauge(
+            "fetch_oldest_uncommitted_age_seconds", "Age of the oldest record the catalog does not cover", registry=registry
+        )
+        self.spool = Gauge("fetch_spool_bytes", "Bytes of the open units on local disk", registry=registry)
+        self.shards = Counter("fetch_shards_sealed", "Shards committed to the catalog", registry=registry)
+        self.fenced = Counter("fetch_units_fenced", "Units dropped because another writer was first", registry=registry)
+        self.sealed_at = Gauge("fetch_shard_sealed_timestamp_seconds", "When the last shard was sealed", registry=registry)
+        self.full = Counter("fetch_store_full", "Times the store or spool had no space left", registry=registry)
+        self.heartbeat = Gauge("fetch_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
+class LearnerMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.steps = Counter("learner_steps", "Optimizer steps taken by this process", registry=registry)
+        self.step = Gauge("learner_step_number", "Optimizer steps since the beginning", registry=registry)
+        self.images = Counter("learner_images", "Images learnt by this process", ["kind"], registry=registry)
+        for kind in ("fresh", "replay"):
+            self.images.labels(kind)
+        self.step_seconds = Histogram("learner_step_seconds", "One step, waiting for data excluded", registry=registry)
+        self.wait_seconds = Counter("learner_data_wait_seconds", "Time spent waiting for batches", registry=registry)
+        self.loss = Gauge("learner_loss_nats", "Loss of the last step", registry=registry)
+        self.lr = Gauge("learner_learning_rate", "Learning rate of the last step", registry=registry)
+        self.halvings = Gauge("learner_learning_rate_halvings", "Halvings so far", registry=registry)
+        self.grad_norm = Gauge("learner_gradient_norm", "Norm of the last gradient", registry=registry)
+        self.code_entropy = Gauge(
+            "learner_code_entropy_ratio", "Mean entropy of the codes over ln K; 1 means collapse", registry=registry
+        )
+        self.perplexity = Gauge("learner_prototype_perplexity_ratio", "Perplexity of prototype use over K", registry=registry)
+        self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
+        self.bad_steps = Counter(
+            "learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry
+        )
+        self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
+        self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
+        self.checkpoint_failures = Counter(
+            "learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry
+        )
+        self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)
+        self.snapshot_at = Gauge("learner_snapshot_timestamp_seconds", "When the last snapshot was published", registry=registry)
+        self.heartbeat = Gauge("learner_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
+class EvaluatorMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.evaluated = Counter("evaluator_snapshots", "Snapshots measured", registry=registry)
+        self.failed = Counter("evaluator_failures", "Snapshots that could not be measured", registry=registry)
+        self.pending = Gauge("evaluator_pending_snapshots", "Snapshots not measured yet", registry=registry)
+        # the banks of the config are the closed set
+        self.accuracy = Gauge("evaluator_accuracy_ratio", "Accuracy of the newest snapshot", ["bank", "probe"], registry=registry)
+        self.rank = Gauge("evaluator_effective_rank", "Effective rank of the features on the bank", ["bank"], registry=registry)
+        self.seconds = Histogram(
+            "evaluator_duration_seconds", "One snapshot on all banks", registry=registry, buckets=(1, 5, 15, 60, 300, 1800)
+        )
+        self.heartbeat = Gauge("evaluator_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
+class DemoMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.announced = Counter("demo_urls_announced", "URLs written to the list", registry=registry)
+        self.requests = Counter("demo_requests", "Images served", registry=registry)
+        self.heartbeat = Gauge("demo_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
+def declared() -> set[str]:
+    """Names of all metrics, as Prometheus shows them without suffixes."""
+    registry = CollectorRegistry()
+    for role in (ConnectMetrics, FetchMetrics, LearnerMetrics, EvaluatorMetrics, DemoMetrics):
+        role(registry)
+    return {metric.name for metric in registry.collect()}
