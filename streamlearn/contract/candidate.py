@@ -42,7 +42,8 @@ class Candidate:
             raw: Any = json.loads(data)
             if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
                 raise Corrupt(f"not a candidate of schema {SCHEMA}: {data[:100]!r}")
-            return cls(**{"source_ref": ""} | raw)
+            fields: dict[str, Any] = {"source_ref": ""} | raw
+            return cls(**fields)
         except (ValueError, TypeError) as e:
             raise Corrupt(f"not a candidate: {e}: {data[:100]!r}") from e
 

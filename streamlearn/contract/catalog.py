@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, QueryBuilder, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from streamlearn.contract import durable
@@ -111,13 +111,14 @@ class DeltaCatalog:
             return -1, []
         if table.version() <= after:
             return table.version(), []
+        names = ", ".join(name for name, _ in _FIELDS)
+        sql = f"SELECT {names} FROM shards WHERE committed > {int(after)} AND status = 'live' ORDER BY committed, place"
         try:
-            found = table.to_pyarrow_table(filters=[("committed", ">", after), ("status", "=", "live")])
-        except (FileNotFoundError, OSError, DeltaError, pa.ArrowException) as e:
+            # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
+            found = QueryBuilder().register("shards", table).execute(sql).read_all()
+        except (OSError, DeltaError, pa.ArrowException) as e:
             raise Corrupt(f"{self.uri}: the table names a file that cannot be read: {e}; restore the folder from a backup") from e
-        rows = sorted(found.to_pylist(), key=lambda r: (r["committed"], r["place"]))
-        names = [name for name, _ in _FIELDS]
-        return table.version(), [ShardRow(**{name: row[name] for name in names}) for row in rows]
+        return table.version(), [ShardRow(**row) for row in pa.table(found).to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
         if len({(a.topic, a.partition) for a in advances}) != len(advances):

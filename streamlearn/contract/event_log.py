@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from streamlearn.contract.errors import Corrupt, NotFound, OffsetGap, StoreFull
+from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, OffsetGap, StoreFull
 
 CANDIDATES = "candidates"
 DEAD_LETTERS = "dead-letters"
@@ -51,7 +51,7 @@ class EventLog(Protocol):
         """Names this log for ever.  A re-created log has another, so old positions cannot be mistaken for its own."""
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
-        """Make the topic unless it exists.  Raises ConfigError-like Corrupt when it exists with fewer partitions... never shrinks."""
+        """Make the topic unless it exists.  Raises ConfigError when it exists with another number of partitions."""
 
     def partitions(self, topic: str) -> int:
         """Raises NotFound."""
@@ -80,8 +80,10 @@ class EventLog(Protocol):
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, partitions INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS ends (topic TEXT, part INTEGER, first INTEGER NOT NULL, end INTEGER NOT NULL, PRIMARY KEY (topic, part)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS records (topic TEXT, part INTEGER, off INTEGER, ts INTEGER, key BLOB, value BLOB, PRIMARY KEY (topic, part, off)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ends (
+  topic TEXT, part INTEGER, first INTEGER NOT NULL, end INTEGER NOT NULL, PRIMARY KEY (topic, part)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS records (
+  topic TEXT, part INTEGER, off INTEGER, ts INTEGER, key BLOB, value BLOB, PRIMARY KEY (topic, part, off)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS latest (topic TEXT, key BLOB, value BLOB, PRIMARY KEY (topic, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS groups (grp TEXT, topic TEXT, part INTEGER, off INTEGER, PRIMARY KEY (grp, topic, part)) WITHOUT ROWID;
 """
@@ -119,7 +121,7 @@ class SqliteLog:
                 self._db.executemany("INSERT OR IGNORE INTO ends VALUES (?,?,0,0)", [(topic, p) for p in range(partitions)])
             elif row[0] != partitions:
                 # a key's partition is a hash modulo their number: changing it would split a host over two owners
-                raise Corrupt(
+                raise ConfigError(
                     f"{self.path}: topic {topic} has {row[0]} partitions, config says log.partitions = {partitions}; set it back"
                 )
 
@@ -152,7 +154,7 @@ class SqliteLog:
         first, _ = self.bounds(topic, partition)
         if offset < first:
             raise OffsetGap(
-                f"{self.path}: {topic}/{partition} begins at {first}, asked for {offset}: offsets {offset} to {first - 1} are gone. "
+                f"{self.path}: {topic}/{partition} begins at {first}, asked for {offset}; {offset} to {first - 1} are gone. "
                 "Restore the log from a backup, or accept the loss by resetting the catalog's position by hand"
             )
         sql = "SELECT off, key, value, ts FROM records WHERE topic=? AND part=? AND off>=? ORDER BY off LIMIT ?"
@@ -195,10 +197,10 @@ class SqliteLog:
             raise NotFound(f"{self.path}: no partition {partition} of topic {topic}")
         return int(row[0])
 
-    def _one(self, sql: str, *values: object) -> tuple[object, ...] | None | sqlite3.Row:  # type: ignore[type-arg]
+    def _one(self, sql: str, *values: object) -> tuple[Any, ...] | None:
         with self._lock:
             try:
-                row: sqlite3.Row | None = self._db.execute(sql, values).fetchone()
+                row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
             except sqlite3.DatabaseError as e:
                 raise self._translate(e) from e
             return row
