@@ -1,0 +1,55 @@
+"""The `streamlearn` command.  Groups are imported when they are called, so `streamlearn status` does not wait for torch."""
+
+import importlib
+import sys
+
+import click
+
+from streamlearn.contract.errors import ConfigError, StreamlearnError
+
+COMMANDS = {  # name -> (module, attribute, one line of help)
+    "up": ("streamlearn.cli.up", "up", "Run the whole loop on this machine."),
+    "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
+    "report": ("streamlearn.cli.report", "report", "Write the report page."),
+    "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull and verify published models."),
+    "config": ("streamlearn.cli.config", "config", "Show, check and document the configuration."),
+    "role": ("streamlearn.cli.roles", "role", "Run one role in this process (what `up` starts)."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="streamlearn")
+def cli() -> None:
+    """A continual, online, self-supervised learner over streaming, uncurated images."""
+
+
+def main() -> None:
+    """Bad input is the user's to mend: one clear message, exit code 2.  A bug keeps its traceback."""
+    try:
+        cli(standalone_mode=True)
+    except ConfigError as e:
+        click.echo(f"error: {e}", err=True)
+        sys.exit(2)
+    except StreamlearnError as e:
+        click.echo(f"error: {type(e).__name__}: {e}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`streamlearn role NAME`: the composition root.  The only place that chooses adapters and wires seams to roles."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from prometheus_client import CollectorRegistry, start_http_server
+
+from streamlearn.contract import config as configuration
+from streamlearn.contract import metrics
+from streamlearn.contract.catalog import DeltaCatalog
+from streamlearn.contract.config import Config
+from streamlearn.contract.errors import ConfigError, StreamlearnError
+from streamlearn.contract.event_log import SqliteLog
+from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.status import Heartbeat
+
+ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+logger = logging.getLogger("streamlearn")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The embedded adapters of one home folder."""
+
+    path: Path
+
+    def log(self) -> SqliteLog:
+        return SqliteLog(self.path / "log.sqlite")
+
+    def store(self) -> FolderStore:
+        return FolderStore(self.path / "store")
+
+    def catalog(self, log_id: str) -> DeltaCatalog:
+        return DeltaCatalog(str(self.path / "store" / "catalog" / "shards"), log_id=log_id)
+
+    def registry(self) -> OciLayout:
+        return OciLayout(self.path / "registry")
+
+
+@click.command()
+@click.argument("name", type=click.Choice(ROLES))
+@click.option("--home", "folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+def role(name: str, folder: Path) -> None:
+    """Run one role of the loop whose configuration lies in HOME/config.json."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    code = 0
+    try:
+        _run(name, folder.resolve(), stop)
+    except ConfigError as e:
+        click.echo(f"error: {e}", err=True)
+        code = 2
+    except StreamlearnError:
+        logger.exception("%s stops", name)
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # the libraries' threads (delta-rs, DataLoader, HTTP) have nothing left to do; joining them can only hang or abort
+    os._exit(code)
+
+
+def _run(name: str, folder: Path, stop: threading.Event) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it")
+    config = configuration.from_json(path.read_text(), where=str(path))
+    registry = CollectorRegistry()
+    heartbeat = Heartbeat(folder, name)
+    heartbeat.beat(metrics_port=_serve_metrics(config, name, registry), state="starting", force=True)
+    {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
+        config, Home(folder), registry, heartbeat, stop
+    )
+    heartbeat.beat(state="stopped", force=True)
+
+
+def _serve_metrics(config: Config, name: str, registry: CollectorRegistry) -> int:
+    """/metrics on the loopback interface; the port."""
+    port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
+    try:
+        server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as e:
+        raise ConfigError(f"metrics_port = {config.metrics_port}: port {port} for {name} is taken ({e}); choose another, or 0 for any") from e
+    address = server.socket.getsockname()
+    assert server.socket.family == socket.AF_INET
+    return int(address[1])
+
+
+def _demo(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from streamlearn.demo.run import run_demo
+
+    run_demo(config, home.path, metrics.DemoMetrics(registry), heartbeat, stop)
+
+
+def _connect(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from ingest.connectors.run import run_connect
+
+    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop)
+
+
+def _fetch(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from ingest.fetch.run import run_fetch
+
+    log = home.log()
+    run_fetch(config, log, home.store(), home.catalog(log.log_id), metrics.FetchMetrics(registry), heartbeat, stop)
+
+
+def _train(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from streamlearn.cli.learner import train_role
+
+    train_role(config, home, metrics.LearnerMetrics(registry), heartbeat, stop)
+
+
+def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from streamlearn.probes.evaluator import run_evaluate
+
+    run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop)

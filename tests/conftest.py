@@ -1,0 +1,24 @@
+"""Fixtures shared by all rooms."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def missing(what: str) -> None:
+    """Skip with the reason; in CI a skip is a failure."""
+    if os.environ.get("STREAMLEARN_REQUIRE_SERVICES") == "1":
+        pytest.fail(f"{what}, and STREAMLEARN_REQUIRE_SERVICES=1")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real images: cifar10-{train,test}.parquet and imagenet-sample-1000.tar."""
+    folder = Path(os.environ.get("STREAMLEARN_TEST_DATA", REPO.parent / "shared" / "data"))
+    if not (folder / "cifar10-test.parquet").exists():
+        missing(f"no real images in {folder}: set STREAMLEARN_TEST_DATA")
+    return folder
