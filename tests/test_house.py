@@ -16,7 +16,12 @@ MAY = {
     "streamlearn.stream": {"streamlearn.contract"},
     "streamlearn.learn": {"streamlearn.contract"},
     "streamlearn.snapshots": {"streamlearn.contract", "streamlearn.learn.backbones"},
-    "streamlearn.probes": {"streamlearn.contract", "streamlearn.learn.backbones", "streamlearn.snapshots", "streamlearn.stream.decode"},
+    "streamlearn.probes": {
+        "streamlearn.contract",
+        "streamlearn.learn.backbones",
+        "streamlearn.snapshots",
+        "streamlearn.stream.decode",
+    },
     "streamlearn.demo": {"streamlearn.contract"},
     "ingest": {"streamlearn.contract"},
 }
@@ -51,7 +56,7 @@ def test_imports_go_one_way(path):
         return  # the composition root (cli, supervise, report, bench) may import everything
     allowed = {room} | MAY[room]
     packages = {name for name in imports(path) if ours(name) and name not in {"streamlearn"}}
-    wrong = {n for n in packages if not any(inside(n, a) or inside(a, n) and n.count(".") <= 1 and n == room for a in allowed)}
+    wrong = {n for n in packages if not any(inside(n, a) or (inside(a, n) and n.count(".") <= 1 and n == room) for a in allowed)}
     # `from streamlearn.learn import backbones` shows up as both streamlearn.learn and streamlearn.learn.backbones
     wrong = {n for n in wrong if not any(a.startswith(n + ".") and a in packages for a in allowed)}
     assert not wrong, f"{path.relative_to(REPO)} imports {sorted(wrong)}"

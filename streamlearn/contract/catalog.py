@@ -117,7 +117,9 @@ class DeltaCatalog:
             # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
             found = QueryBuilder().register("shards", table).execute(sql).read_all()
         except (OSError, DeltaError, pa.ArrowException) as e:
-            raise Corrupt(f"{self.uri}: the table names a file that cannot be read: {e}; restore the folder from a backup") from e
+            raise Corrupt(
+                f"{self.uri}: the table names a file that cannot be read: {_first_line(e)}; restore the folder from a backup"
+            ) from e
         return table.version(), [ShardRow(**row) for row in pa.table(found).to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
@@ -192,7 +194,7 @@ class DeltaCatalog:
         except TableNotFoundError:
             return None
         except DeltaError as e:
-            raise Corrupt(f"{self.uri}: the Delta log cannot be read: {e}; restore the folder from a backup") from e
+            raise Corrupt(f"{self.uri}: the Delta log cannot be read: {_first_line(e)}; restore the folder from a backup") from e
         return self._table
 
     def _create(self) -> DeltaTable:
@@ -210,3 +212,8 @@ class DeltaCatalog:
             self.uri, schema=SCHEMA, mode="ignore", storage_options=self.storage_options, configuration=configuration, name="shards"
         )
         return self._table
+
+
+def _first_line(e: Exception) -> str:
+    """delta-rs appends a native backtrace to some messages."""
+    return str(e).partition("\n")[0]

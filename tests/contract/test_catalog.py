@@ -1,0 +1,153 @@
+"""The suite every catalog passes: positions and rows move together, exactly once."""
+
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, QueryBuilder
+
+from streamlearn.contract import catalog as module
+from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
+from streamlearn.contract.errors import Corrupt, Fenced
+from tests.contract.test_durable import tiny_disk  # noqa: F401  a fixture
+
+
+def row(first, end, partition=0, **more):
+    stamp = "2026-11-21T00:00:00.000Z"
+    fields = dict(key=f"shards/{partition}/{first}-{end}", sha256="a" * 64, bytes=10, num_samples=end - first, topic="candidates")
+    return ShardRow(
+        **fields | more,
+        partition=partition,
+        first_offset=first,
+        end_offset=end,
+        first_fetched_at=stamp,
+        last_fetched_at=stamp,
+        day="2026-11-21",
+    )
+
+
+def advance(start, end, partition=0):
+    return Advance("candidates", partition, start, end)
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / "catalog")
+
+
+@pytest.fixture
+def catalog(uri):
+    return DeltaCatalog(uri, log_id="log")
+
+
+def test_nothing_is_committed_at_first(catalog):
+    assert catalog.position("candidates", 0) == 0 and catalog.version() == -1
+    assert catalog.follow(-1) == (-1, []) and catalog.rows() == []
+
+
+def test_rows_come_back_in_commit_order_and_only_the_new_ones(catalog):
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    seen, _ = catalog.follow(-1)
+    catalog.commit([row(0, 3, 1), row(5, 9)], [advance(0, 3, 1), advance(5, 9)])
+    assert [r.key for r in catalog.follow(seen)[1]] == ["shards/1/0-3", "shards/0/5-9"]
+    assert [r.key for r in catalog.rows()] == ["shards/0/0-5", "shards/1/0-3", "shards/0/5-9"]
+    assert catalog.follow(catalog.version())[1] == []
+
+
+def test_a_zombie_is_fenced_and_publishes_nothing(catalog, uri):
+    zombie = DeltaCatalog(uri, log_id="log")
+    assert zombie.position("candidates", 0) == 0
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    with pytest.raises(Fenced, match=r"candidates/0 is at 5, not 0"):
+        zombie.commit([row(0, 7, key="late")], [advance(0, 7)])
+    assert [r.key for r in catalog.rows()] == ["shards/0/0-5"]
+
+
+def test_a_zombie_that_read_just_before_is_fenced_by_the_table_itself(catalog, uri, monkeypatch):
+    """Its look at the positions is stale: only the conflict of application transactions can stop it."""
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    zombie = DeltaCatalog(uri, log_id="log", attempts=1)
+    stale = zombie._open()
+    catalog.commit([row(5, 9)], [advance(5, 9)])
+    monkeypatch.setattr(zombie, "_open", lambda: stale)
+    with pytest.raises(module.Retryable):
+        zombie.commit([row(5, 8, key="late")], [advance(5, 8)])
+    assert [r.key for r in catalog.rows()] == ["shards/0/0-5", "shards/0/5-9"]
+
+
+def test_a_lost_reply_is_resolved_by_reading_back(catalog, monkeypatch):
+    """The commit lands, the answer does not: the caller must hear of success, and the rows stand once."""
+    write = catalog._write
+    calls = []
+
+    def lands_then_breaks(*args):
+        write(*args)
+        calls.append(1)
+        raise OSError("connection reset by peer")
+
+    monkeypatch.setattr(catalog, "_write", lands_then_breaks)
+    version = catalog.commit([row(0, 5)], [advance(0, 5)])
+    assert version == catalog.version() and len(calls) == 1 and len(catalog.rows()) == 1
+
+
+def test_a_unit_without_images_still_moves_the_position(catalog):
+    catalog.commit([row(0, 5, num_samples=0)], [advance(0, 5)])
+    assert catalog.position("candidates", 0) == 5
+
+
+def test_writers_of_different_partitions_do_not_disturb_each_other(catalog, uri):
+    code = (
+        "import sys; from tests.contract.test_catalog import *\n"
+        "p = int(sys.argv[2]); c = DeltaCatalog(sys.argv[1], log_id='log')\n"
+        "for i in range(0, 40, 2): c.commit([row(i, i + 2, p)], [advance(i, i + 2, p)])"
+    )
+    catalog.commit([row(0, 1, 9)], [advance(0, 1, 9)])
+    children = [subprocess.Popen([sys.executable, "-c", code, uri, str(p)]) for p in range(3)]
+    assert [c.wait() for c in children] == [0, 0, 0]
+    keys = [r.key for r in catalog.rows()]
+    assert len(keys) == len(set(keys)) == 61 and [catalog.position("candidates", p) for p in range(3)] == [40] * 3
+
+
+def test_following_by_version_misses_nothing_while_others_write(catalog, uri):
+    """`committed` is the very version that added the row, so a follower can never step over one."""
+    for i in range(6):
+        catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
+    table = DeltaTable(uri)
+    for version in range(1, table.version() + 1):
+        at = QueryBuilder().register("t", DeltaTable(uri, version=version)).execute("SELECT max(committed) AS m FROM t").read_all()
+        assert pa.table(at).to_pylist()[0]["m"] == version
+
+
+def test_another_log_starts_at_zero(catalog, uri):
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    assert DeltaCatalog(uri, log_id="recreated").position("candidates", 0) == 0
+
+
+def test_a_damaged_log_is_named_with_the_remedy(catalog, uri, tmp_path):
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    for entry in (tmp_path / "catalog" / "_delta_log").glob("*.json"):
+        entry.write_text('{"garbage')
+    with pytest.raises(Corrupt, match="catalog.*backup"):
+        DeltaCatalog(uri, log_id="log").rows()
+
+
+def test_a_checkpoint_keeps_rows_and_positions(catalog, uri, monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 3)
+    for i in range(8):
+        catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
+    again = DeltaCatalog(uri, log_id="log")
+    assert again.position("candidates", 0) == 8 and len(again.rows()) == 8
+
+
+def test_a_full_disk_at_the_commit_is_a_fault_that_passes(tiny_disk):  # noqa: F811
+    catalog = DeltaCatalog(str(tiny_disk / "catalog"), log_id="log", attempts=2)
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    filler = tiny_disk / "filler"
+    with pytest.raises(OSError, match="space"):
+        filler.write_bytes(bytes(2**20))
+    with pytest.raises(module.Retryable):
+        catalog.commit([row(5, 9)], [advance(5, 9)])
+    filler.unlink()
+    catalog.commit([row(5, 9)], [advance(5, 9)])
+    assert [r.key for r in catalog.rows()] == ["shards/0/0-5", "shards/0/5-9"] and catalog.position("candidates", 0) == 9
