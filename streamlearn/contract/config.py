@@ -33,18 +33,18 @@ class Section(BaseModel):
 class ConnectorConfig(Section):
     """A source of candidates."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    kind: Literal["folder", "urls"]
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # names its cursor: keep it
+    kind: Literal["folder", "urls"]  # a watched folder of images; a list of URLs
     path: str  # the watched folder, or the list of URLs (.txt .csv .parquet)
     url_column: str = "url"  # csv and parquet
     follow: bool = True  # keep watching for new files or lines; false: read once, then idle
-    poll_s: float = Field(default=1.0, gt=0)
+    poll_s: float = Field(default=1.0, gt=0)  # between looks at the source
 
 
 class LogConfig(Section):
     """The embedded event log."""
 
-    partitions: int = Field(default=2, ge=1, le=1024)
+    partitions: int = Field(default=2, ge=1, le=1024)  # of each topic; fixed once the log is made
 
 
 class FetchConfig(Section):
@@ -52,16 +52,18 @@ class FetchConfig(Section):
 
     concurrency: int = Field(default=32, ge=1, le=4096)  # requests in flight
     per_host: int = Field(default=8, ge=1)  # requests in flight to one host
-    connect_timeout_s: float = Field(default=5.0, gt=0)
+    connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
-    max_bytes: int = Field(default=20 * 2**20, ge=1024)
-    max_pixels: int = Field(default=64_000_000, ge=1024)
+    max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
+    max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
-    max_redirects: int = Field(default=5, ge=0)
+    max_redirects: int = Field(default=5, ge=0)  # each checked like the first address
     attempts: int = Field(default=3, ge=1)  # quick tries inside one unit before a candidate is deferred
     backoff_s: float = Field(default=0.5, gt=0)  # before the second quick try; doubles
     retry_delays_s: tuple[float, ...] = (300.0, 3600.0, 86400.0)  # one retry topic each; after the last: dead
-    user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"
+    user_agent: str = (
+        "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
+    )
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
 
     @field_validator("allow_networks")
@@ -75,7 +77,7 @@ class FetchConfig(Section):
 class ShardConfig(Section):
     """When a unit of offsets is closed and sealed into one shard."""
 
-    max_bytes: int = Field(default=256 * 2**20, ge=2**16)
+    max_bytes: int = Field(default=256 * 2**20, ge=2**16)  # of images
     max_samples: int = Field(default=4096, ge=1)  # offsets, whatever their outcome
     max_age_s: float = Field(default=300.0, gt=0)  # since its first record: a slow stream still reaches the learner
 
@@ -83,7 +85,7 @@ class ShardConfig(Section):
 class CropConfig(Section):
     """One resolution of the multi-crop (SwAV, arXiv:2006.09882, section 3.2)."""
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1)  # views of each image
     size: int = Field(ge=8)  # px
     scale: tuple[float, float]  # share of the image's area
 
@@ -98,15 +100,15 @@ class CropConfig(Section):
 class StreamConfig(Section):
     """From catalog to batches."""
 
-    seed: int = 0
+    seed: int = 0  # of the order and the augmentations
     crops: tuple[CropConfig, ...] = (
         CropConfig(count=2, size=224, scale=(0.14, 1.0)),
         CropConfig(count=4, size=96, scale=(0.05, 0.14)),
     )
     jitter: float = Field(default=1.0, ge=0)  # colour distortion strength s: .8s .8s .8s .2s, p = 0.8, gray p = 0.2
     blur: Fraction = 0.5  # probability of Gaussian blur, sigma 0.1-2.0 px
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels, RGB in 0-1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
     fresh_fraction: float = Field(default=0.5, gt=0, le=1)  # of a round; the rest is replay
     max_replay_per_fresh: float = Field(default=1.0, ge=0)  # replays ever drawn per fresh image ever learnt (idle rounds)
     reservoir: int = Field(default=65536, ge=1)  # samples that replay draws from
@@ -123,36 +125,38 @@ class ModelConfig(Section):
     backbone: str = "regnety-400mf"  # learn.backbones knows the names
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, for images of 32-64 px
     head: tuple[int, ...] = (2048, 128)  # hidden widths, then the embedding's
-    head_norm: Literal["bn", "none"] = "bn"
+    head_norm: Literal["bn", "none"] = "bn"  # between the head's layers
 
 
 class ObjectiveConfig(Section):
     """SwAV."""
 
-    kind: Literal["swav"] = "swav"
-    prototypes: int = Field(default=3000, ge=2)
-    temperature: float = Field(default=0.1, gt=0)
-    epsilon: float = Field(default=0.05, ge=0.005)
-    sinkhorn_iterations: int = Field(default=3, ge=1)
+    kind: Literal["swav"] = "swav"  # the objective
+    prototypes: int = Field(default=3000, ge=2)  # K; about ten times the concepts, at most batch + queue
+    temperature: float = Field(default=0.1, gt=0)  # of the predictions
+    epsilon: float = Field(default=0.05, ge=0.005)  # of the assignments; 0.01-0.015 for batches of about 128
+    sinkhorn_iterations: int = Field(default=3, ge=1)  # SEER: 10
     queue: int = Field(default=0, ge=0)  # embeddings kept of past batches; for batches under ~1024
     queue_start: int = Field(default=0, ge=0)  # step at which the queue is first used
-    freeze_prototypes: int = Field(default=313, ge=0)  # steps
+    freeze_prototypes: int = Field(default=313, ge=0)  # steps at the beginning
 
 
 class OptimConfig(Section):
-    kind: Literal["lars", "sgd"] = "lars"
+    """The optimizer."""
+
+    kind: Literal["lars", "sgd"] = "lars"  # lars for large batches, sgd for small ones
     lr: float = Field(default=0.3, gt=0)  # after warm-up, for the batch as configured (no hidden scaling)
-    warmup_steps: int = Field(default=500, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=1e-6, ge=0)
+    warmup_steps: int = Field(default=500, ge=0)  # linear, once
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # without Nesterov
+    weight_decay: float = Field(default=1e-6, ge=0)  # of every parameter, as SwAV has it
     trust: float = Field(default=0.001, gt=0)  # lars
 
 
 class PlateauConfig(Section):
     """Halve the rate when a plateau is proved (learn/lr_policy.py)."""
 
-    block_steps: int = Field(default=50, ge=1)
-    min_blocks: int = Field(default=24, ge=4)
+    block_steps: int = Field(default=50, ge=1)  # losses in one trimmed block mean
+    min_blocks: int = Field(default=24, ge=4)  # in the window before it is judged
     horizon_blocks: int = Field(default=48, ge=1)  # the gain is judged over this many blocks ahead
     delta: float = Field(default=0.003, gt=0)  # relative gain per horizon that is too small to wait for
     looks: int = Field(default=2, ge=1)  # consecutive looks that must agree
@@ -160,16 +164,18 @@ class PlateauConfig(Section):
 
 
 class TrainConfig(Section):
-    seed: int = 0
-    batch: int = Field(default=64, ge=2)
+    """The learner."""
+
+    seed: int = 0  # of the initial weights
+    batch: int = Field(default=64, ge=2)  # images in a step
     threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
-    device: str = "cpu"
+    device: str = "cpu"  # as torch names it
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # warmed up: min(decay, (1 + step) / (10 + step))
-    checkpoint_steps: int = Field(default=500, ge=1)
-    keep_checkpoints: int = Field(default=3, ge=1)
-    snapshot_steps: int = Field(default=2000, ge=1)
+    checkpoint_steps: int = Field(default=500, ge=1)  # steps between checkpoints
+    keep_checkpoints: int = Field(default=3, ge=1)  # the newest
+    snapshot_steps: int = Field(default=2000, ge=1)  # steps between snapshots
     bn_images: int = Field(default=512, ge=2)  # for re-estimating BatchNorm of the published EMA weights
     max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
     max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
@@ -179,39 +185,43 @@ class TrainConfig(Section):
 class BankConfig(Section):
     """A labelled bank: an image folder (one sub-folder a class) or a parquet file with bytes and label."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    train: str
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # in every result and plot
+    train: str  # the bank: a folder or a .parquet file
     test: str = ""  # empty: every fifth image of `train`, by hash of its bytes
-    image_column: str = "jpeg"
-    label_column: str = "label"
-    max_train: int = Field(default=10_000, ge=10)
-    max_test: int = Field(default=10_000, ge=10)
+    image_column: str = "jpeg"  # of a parquet: the encoded bytes
+    label_column: str = "label"  # of a parquet
+    max_train: int = Field(default=10_000, ge=10)  # images used, balanced over the classes
+    max_test: int = Field(default=10_000, ge=10)  # likewise
 
 
 class ProbeConfig(Section):
+    """How snapshots are measured."""
+
     banks: tuple[BankConfig, ...] = ()
-    k: int = Field(default=20, ge=1)
-    temperature: float = Field(default=0.07, gt=0)
-    batch: int = Field(default=256, ge=1)
-    threads: int = Field(default=1, ge=0)
-    poll_s: float = Field(default=2.0, gt=0)
+    k: int = Field(default=20, ge=1)  # neighbours of the weighted k-NN
+    temperature: float = Field(default=0.07, gt=0)  # of its votes
+    batch: int = Field(default=256, ge=1)  # images in one forward pass
+    threads: int = Field(default=1, ge=0)  # torch CPU threads, kept from the learner
+    poll_s: float = Field(default=2.0, gt=0)  # between looks at the registry
 
 
 class DemoConfig(Section):
     """The image world of the quickstart."""
 
-    enabled: bool = False
-    seed: int = 7
+    enabled: bool = False  # start its web server
+    seed: int = 7  # of the world
     size: int = Field(default=48, ge=16)  # px
     rate: float = Field(default=100.0, gt=0)  # new images a second
     quarter_images: int = Field(default=6000, ge=1)  # images in a "quarter": then new concepts appear and styles shift
-    max_images: int = Field(default=200_000, ge=1)
-    port: int = Field(default=0, ge=0, le=65535)
+    max_images: int = Field(default=200_000, ge=1)  # then the world stands still
+    port: int = Field(default=0, ge=0, le=65535)  # 0: any free one, kept over restarts
 
 
 class SuperviseConfig(Section):
+    """How `streamlearn up` keeps the roles running."""
+
     backoff_s: float = Field(default=0.5, gt=0)  # before the first restart; doubles
-    backoff_max_s: float = Field(default=30.0, gt=0)
+    backoff_max_s: float = Field(default=30.0, gt=0)  # between restarts, at most
     crash_loop: int = Field(default=5, ge=1)  # deaths ...
     crash_window_s: float = Field(default=60.0, gt=0)  # ... within this time: give up loudly
     grace_s: float = Field(default=30.0, gt=0)  # from SIGTERM to SIGKILL
@@ -222,7 +232,7 @@ class SuperviseConfig(Section):
 class Config(Section):
     """The whole run.  Relative paths are relative to the file's folder."""
 
-    home: str = ".streamlearn"
+    home: str = ".streamlearn"  # the folder of all state; `--home` wins
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
     connectors: tuple[ConnectorConfig, ...] = ()
     log: LogConfig = LogConfig()
