@@ -90,7 +90,9 @@ def _serve_metrics(config: Config, name: str, registry: CollectorRegistry) -> in
     try:
         server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
     except OSError as e:
-        raise ConfigError(f"metrics_port = {config.metrics_port}: port {port} for {name} is taken ({e}); choose another, or 0 for any") from e
+        raise ConfigError(
+            f"metrics_port = {config.metrics_port}: port {port} for {name} is taken ({e}); choose another, or 0 for any"
+        ) from e
     address = server.socket.getsockname()
     assert server.socket.family == socket.AF_INET
     return int(address[1])
@@ -112,7 +114,7 @@ def _fetch(config: Config, home: Home, registry: CollectorRegistry, heartbeat: H
     from ingest.fetch.run import run_fetch
 
     log = home.log()
-    run_fetch(config, log, home.store(), home.catalog(log.log_id), metrics.FetchMetrics(registry), heartbeat, stop)
+    run_fetch(config, log, home.store(), home.catalog(log.log_id), metrics.FetchMetrics(registry), heartbeat, stop=stop, home=home.path)
 
 
 def _train(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:

@@ -51,8 +51,6 @@ class Candidate:
 def politeness_key(url: str) -> bytes:
     """The host, lower case: one host's candidates share a partition, so its budget has one owner."""
     try:
-        return (
-            (urlsplit(url).hostname or "").encode("idna", "replace") if url.isascii() else (urlsplit(url).hostname or "").encode()
-        )
+        return (urlsplit(url).hostname or "").encode("idna", "replace") if url.isascii() else (urlsplit(url).hostname or "").encode()
     except (ValueError, UnicodeError):
         return b""  # not a URL: any partition will do, the fetcher refuses it

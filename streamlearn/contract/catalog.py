@@ -158,9 +158,7 @@ class DeltaCatalog:
             known = {row.key for row in self.rows()}
             if all(row.key in known for row in rows):
                 return True
-        moved = ", ".join(
-            f"{a.topic}/{a.partition} is at {p}, not {a.start}" for p, a in zip(at, advances, strict=True) if p != a.start
-        )
+        moved = ", ".join(f"{a.topic}/{a.partition} is at {p}, not {a.start}" for p, a in zip(at, advances, strict=True) if p != a.start)
         raise Fenced(f"{self.uri}: {moved}: another writer was here; drop the unit and read the position anew")
 
     def _write(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> None:

@@ -61,9 +61,7 @@ class FetchConfig(Section):
     attempts: int = Field(default=3, ge=1)  # quick tries inside one unit before a candidate is deferred
     backoff_s: float = Field(default=0.5, gt=0)  # before the second quick try; doubles
     retry_delays_s: tuple[float, ...] = (300.0, 3600.0, 86400.0)  # one retry topic each; after the last: dead
-    user_agent: str = (
-        "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
-    )
+    user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
 
     @field_validator("allow_networks")
@@ -261,13 +259,16 @@ class Config(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load(path: Path | None, *, env: Mapping[str, str] = os.environ, overrides: Mapping[str, str] | None = None) -> Config:
+def load(
+    path: Path | None, *, base: Config | None = None, env: Mapping[str, str] = os.environ, overrides: Mapping[str, str] | None = None
+) -> Config:
     """Read, override, validate.
 
-    `overrides` are `section.key=value` settings of the command line; they win over the environment, which wins over the file.
+    `overrides` are `section.key=value` settings of the command line; they win over the environment, which wins over the file (or
+    over `base`, where there is no file).
     Raises ConfigError with file, key, value and remedy.
     """
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = base.model_dump(mode="json") if base else {}
     where = str(path) if path else "defaults"
     if path is not None:
         try:

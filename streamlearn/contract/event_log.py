@@ -185,9 +185,7 @@ class SqliteLog:
 
     def trim(self, topic: str, partition: int, before: int) -> int:
         with self._lock, self._transaction():
-            dropped = self._db.execute(
-                "DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)
-            ).rowcount
+            dropped = self._db.execute("DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)).rowcount
             self._db.execute("UPDATE ends SET first=MAX(first, MIN(end, ?)) WHERE topic=? AND part=?", (before, topic, partition))
         return dropped
 

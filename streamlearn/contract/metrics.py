@@ -48,19 +48,13 @@ class LearnerMetrics:
         self.lr = Gauge("learner_learning_rate", "Learning rate of the last step", registry=registry)
         self.halvings = Gauge("learner_learning_rate_halvings", "Halvings so far", registry=registry)
         self.grad_norm = Gauge("learner_gradient_norm", "Norm of the last gradient", registry=registry)
-        self.code_entropy = Gauge(
-            "learner_code_entropy_ratio", "Mean entropy of the codes over ln K; 1 means collapse", registry=registry
-        )
+        self.code_entropy = Gauge("learner_code_entropy_ratio", "Mean entropy of the codes over ln K; 1 means collapse", registry=registry)
         self.perplexity = Gauge("learner_prototype_perplexity_ratio", "Perplexity of prototype use over K", registry=registry)
         self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
-        self.bad_steps = Counter(
-            "learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry
-        )
+        self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
         self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
-        self.checkpoint_failures = Counter(
-            "learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry
-        )
+        self.checkpoint_failures = Counter("learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry)
         self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)
         self.snapshot_at = Gauge("learner_snapshot_timestamp_seconds", "When the last snapshot was published", registry=registry)
         self.heartbeat = Gauge("learner_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)

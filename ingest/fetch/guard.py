@@ -1,0 +1,82 @@
+"""Which addresses may be connected to.  Checked on the socket, where literals, redirects and rebinding all must pass.
+
+The web is hostile: a list of URLs can point to the machine itself, to its neighbours, or to a cloud's metadata service, by a name,
+by any spelling of a number, by a redirect, or by a name that changes its answer.  What is connected to in the end is one address, and that
+is what is looked at.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from urllib.parse import urlsplit
+
+MARK = "address refused"  # aiohttp folds several failed addresses into one message; this survives it
+_EMBEDDED = (  # IPv6 ranges that carry an IPv4 address, and the bits to its right
+    (ip_network("::ffff:0:0/96"), 0),
+    (ip_network("64:ff9b::/96"), 0),  # NAT64
+    (ip_network("64:ff9b:1::/48"), 0),  # local NAT64: may reach anything
+    (ip_network("2002::/16"), 80),  # 6to4
+    (ip_network("::/96"), 0),  # IPv4-compatible
+)
+_NEVER = (
+    ip_network("100.64.0.0/10"),
+    ip_network("192.0.0.0/24"),
+    ip_network("2001::/32"),
+    ip_network("fec0::/10"),
+    ip_network("64:ff9b:1::/48"),
+)
+
+
+class AddressRefused(OSError):
+    """Not a public address."""
+
+
+def is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address):
+        for network, right in _EMBEDDED:
+            if address in network and not is_public(IPv4Address((int(address) >> right) & 0xFFFFFFFF)):
+                return False
+    if any(address in network for network in _NEVER if network.version == address.version):
+        return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+class Guard:
+    """Public addresses, and the networks that the user exempts (`fetch.allow_networks`)."""
+
+    def __init__(self, allow: Sequence[str] = ()):
+        self.allow = [ip_network(block) for block in allow]
+
+    def allows(self, host: str) -> bool:
+        address = ip_address(host.partition("%")[0])  # a scoped address is judged without its scope
+        return is_public(address) or any(address in network for network in self.allow if network.version == address.version)
+
+    def socket_factory(self) -> Callable[[tuple[int, int, int, str, tuple[str, int]]], socket.socket]:
+        """For aiohttp.TCPConnector: called with the very address that is about to be connected."""
+
+        def make(info: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
+            if not self.allows(info[4][0]):
+                raise AddressRefused(f"{MARK}: {info[4][0]} is not a public address")
+            made = socket.socket(info[0], info[1], info[2])
+            made.setblocking(False)
+            return made
+
+        return make
+
+
+def complaint(url: str) -> str:
+    """Why a URL may not be asked for at all; empty if it may."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as e:
+        return f"not a URL: {e}"
+    if parts.scheme not in ("http", "https"):
+        return f"scheme {parts.scheme!r} is neither http nor https"
+    if not parts.hostname:
+        return "no host"
+    if parts.username is not None or parts.password is not None:
+        return "credentials in the URL"
+    if port == 0:
+        return "port 0"
+    return ""

@@ -1,0 +1,243 @@
+"""Sealing: the outcomes of contiguous offsets become one shard, exactly once.
+
+  0. seek     to catalog.position: the log's own committed offset is for dashboards only
+  1. fetch    spool the images to local disk in offset order; every offset ends as exactly one of
+              stored, duplicate, rejected(reason), deferred, dead                      (unchanged: refresh, not here)
+  2. close    the tar (its digest names it) and the sidecar, one row for every offset
+  3. append   retry and dead-letter records to the log, all in one append, durable
+  4. put      tar and sidecar, content-addressed                                         object store
+  5. commit   the catalog: the shard's row, and the partition's position s -> e        <- THE COMMIT POINT
+  6. commit   the log's group offset
+  7. append   a hint to `shards`
+
+Killed after   what is left                              who mends it
+  1, 2         spool files                               the next start empties the spool; the offsets are fetched again
+  3            retry records of a unit that is not committed
+                                                         the record is the decision: whoever takes the offset next finds it (Lane.decided)
+                                                         and calls it deferred again, without fetching; a record appended twice by
+                                                         overlapping owners is a duplicate where it is read (Lane.seen)
+  4            objects that no row names                 swept by age; a repeated attempt with the same bytes overwrites them with themselves
+  5            nothing that matters: it is stored
+  6, 7         nothing; a missing hint costs the learner one poll
+
+A zombie (an owner that was presumed dead) is fenced at 5: Fenced, drop the unit, read the position anew.  A lost reply at 5 is resolved by
+reading back (contract/catalog.py).  A full disk or store (StoreFull) at 4 or 5 is waited out with the unit in hand; in the spool it
+drops the unit, and the offsets are fetched again.  Dead letters are reports, at least once; the sidecar is the truth.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ingest.fetch.client import Fetched, Unanswered
+from ingest.fetch.screen import Reason, Refused
+from streamlearn.contract.candidate import Candidate, politeness_key
+from streamlearn.contract.catalog import Advance, Catalog, ShardRow
+from streamlearn.contract.config import ShardConfig
+from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, retry_topic
+from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.shards import (
+    DEAD,
+    DEFERRED,
+    DUPLICATE,
+    REJECTED,
+    STORED,
+    Outcome,
+    ShardWriter,
+    shard_key,
+    sidecar_key,
+    write_sidecar,
+)
+from streamlearn.contract.status import now
+
+GROUP = "streamlearn-fetch"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One record of the log and what became of it, before it is packed."""
+
+    offset: int
+    candidate: Candidate | None  # None: the record was no candidate
+    result: Fetched | Refused | Unanswered | None  # None: decided before (see `already`)
+    already: str = ""  # deferred | duplicate
+
+
+@dataclass
+class Unit:
+    """Contiguous offsets [start, end) of one partition, spooled."""
+
+    topic: str
+    partition: int
+    start: int
+    spool: Path
+    opened_at: float  # monotonic, at its first record
+    outcomes: list[Outcome] = field(default_factory=list)
+    after: list[NewRecord] = field(default_factory=list)  # retries and dead letters
+    appended: bool = False
+    closed: tuple[str, int] | None = None  # sha256, bytes
+
+    def __post_init__(self) -> None:
+        self.writer = ShardWriter(self.spool)
+        self.known: dict[str, str] = {}  # url -> sha256, of this unit
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.outcomes)
+
+    def full(self, config: ShardConfig, at: float) -> bool:
+        old = at - self.opened_at >= config.max_age_s
+        return self.writer.size >= config.max_bytes or len(self.outcomes) >= config.max_samples or old
+
+    def drop(self) -> None:
+        self.writer.abort()
+
+
+class Packer:
+    """Turns what was taken into outcomes, and units into shards."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        store: ObjectStore,
+        catalog: Catalog,
+        *,
+        retry_delays_s: tuple[float, ...],
+        clock: Callable[[], float] = time.time,
+    ):
+        self.log, self.store, self.catalog = log, store, catalog
+        self.retry_delays_s, self.clock = retry_delays_s, clock
+
+    def add(self, unit: Unit, taken: Taken) -> Outcome:
+        """Give the next offset of the unit its one outcome.  Raises StoreFull when the spool is."""
+        if taken.offset != unit.end:
+            raise AssertionError(f"{unit.topic}/{unit.partition}: offset {taken.offset} after {unit.end - 1}: a unit is contiguous")
+        candidate, result = taken.candidate, taken.result
+        if taken.already:
+            outcome = _plain(taken, taken.already, "decided_before")
+        elif isinstance(result, Fetched) and candidate is not None:
+            outcome = self._store(unit, taken.offset, candidate, result)
+        elif isinstance(result, Unanswered) and candidate is not None:
+            outcome = self._defer(unit, taken, candidate, result)
+        else:
+            refused = result if isinstance(result, Refused) else Refused(Reason.BAD_RECORD, "not a candidate")
+            outcome = _plain(taken, REJECTED, refused.reason, refused.http_status)
+            unit.after.append(self._dead_letter(unit, taken, refused.reason, refused.detail))
+        unit.outcomes.append(outcome)
+        return outcome
+
+    def seal(self, unit: Unit) -> ShardRow:
+        """Steps 2 to 7.  Raises Fenced, StoreFull; after StoreFull the same unit may be sealed again."""
+        row = self.close(unit)
+        if unit.after and not unit.appended:
+            self.log.append(unit.after)
+            unit.appended = True
+        self.store.put_file(row.key, unit.spool)
+        self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
+        self.catalog.commit([row], [Advance(unit.topic, unit.partition, unit.start, unit.end)])
+        self.log.commit(GROUP, {(unit.topic, unit.partition): unit.end})
+        self.log.append([NewRecord(SHARDS, row.key.encode(), json.dumps({"key": row.key, "samples": row.num_samples}).encode())])
+        unit.spool.unlink(missing_ok=True)
+        unit.spool.with_suffix(".parquet").unlink(missing_ok=True)
+        return row
+
+    def close(self, unit: Unit) -> ShardRow:
+        """Step 2.  May be repeated."""
+        if unit.closed is None:
+            unit.closed = unit.writer.close()
+        sha256, size = unit.closed
+        write_sidecar(unit.spool.with_suffix(".parquet"), unit.outcomes)
+        fetched = sorted(o.fetched_at for o in unit.outcomes if o.outcome == STORED)
+        day = (fetched[0] if fetched else now())[:10]
+        return ShardRow(
+            key=shard_key(day, unit.topic, unit.partition, unit.start, unit.end, sha256),
+            sha256=sha256,
+            bytes=size,
+            num_samples=unit.writer.num_samples,
+            topic=unit.topic,
+            partition=unit.partition,
+            first_offset=unit.start,
+            end_offset=unit.end,
+            first_fetched_at=fetched[0] if fetched else "",
+            last_fetched_at=fetched[-1] if fetched else "",
+            day=day,
+        )
+
+    def _store(self, unit: Unit, offset: int, candidate: Candidate, got: Fetched) -> Outcome:
+        sha256 = hashlib.sha256(got.body).hexdigest()
+        if unit.known.get(candidate.url) == sha256:
+            return Outcome(
+                offset=offset,
+                outcome=DUPLICATE,
+                reason="same_url_same_bytes",
+                url=candidate.url,
+                sha256=sha256,
+                source=candidate.source,
+            )
+        fields: dict[str, Any] = {
+            "url": candidate.url,
+            "final_url": got.final_url,
+            "fetched_at": got.fetched_at,
+            "source": candidate.source,
+            "source_ref": candidate.source_ref,
+            "license": candidate.license or "",
+            "sha256": sha256,
+            "width": got.seen.width,
+            "height": got.seen.height,
+            "http_status": got.http_status,
+            "etag": got.etag,
+            "last_modified": got.last_modified,
+            "attempt": candidate.attempt,
+            "origin": candidate.origin,
+        }
+        place = {"topic": unit.topic, "partition": unit.partition, "offset": offset}
+        start = unit.writer.add(offset, got.body, got.seen.ext, fields | place | ({"alt": candidate.alt} if candidate.alt else {}))
+        unit.known[candidate.url] = sha256
+        size = len(got.body)
+        return Outcome(offset=offset, outcome=STORED, ext=got.seen.ext, bytes=size, member_offset=start, member_size=size, **fields)
+
+    def _defer(self, unit: Unit, taken: Taken, candidate: Candidate, why: Unanswered) -> Outcome:
+        """To the next retry topic, or dead after the last."""
+        if candidate.attempt >= len(self.retry_delays_s):
+            unit.after.append(self._dead_letter(unit, taken, Reason.NO_ANSWER, why.detail))
+            return _plain(taken, DEAD, Reason.NO_ANSWER)
+        later = dataclasses.replace(
+            candidate,
+            attempt=candidate.attempt + 1,
+            not_before=self.clock() + max(self.retry_delays_s[candidate.attempt], why.after_s),
+            origin=origin_of(unit.topic, unit.partition, taken.offset, candidate),
+        )
+        topic = retry_topic(candidate.attempt)
+        unit.after.append(NewRecord(topic, politeness_key(candidate.url), later.to_json()))
+        return _plain(taken, DEFERRED, topic)
+
+    def _dead_letter(self, unit: Unit, taken: Taken, reason: str, detail: str) -> NewRecord:
+        url = taken.candidate.url if taken.candidate else ""
+        place = f"{unit.topic}/{unit.partition}/{taken.offset}"
+        body = {"origin": place, "url": url, "reason": str(reason), "detail": detail[:500], "at": now()}
+        return NewRecord(DEAD_LETTERS, place.encode(), json.dumps(body, ensure_ascii=False).encode())
+
+
+def origin_of(topic: str, partition: int, offset: int, candidate: Candidate) -> str:
+    """Names a candidate for ever: where it first stood in the log."""
+    return candidate.origin or f"{topic}/{partition}/{offset}"
+
+
+def _plain(taken: Taken, outcome: str, reason: str, status: int = 0) -> Outcome:
+    c = taken.candidate
+    return Outcome(
+        offset=taken.offset,
+        outcome=outcome,
+        reason=str(reason),
+        url=c.url if c else "",
+        source=c.source if c else "",
+        source_ref=c.source_ref if c else "",
+        http_status=status,
+        attempt=c.attempt if c else 0,
+        origin=c.origin if c else "",
+    )

@@ -1,0 +1,21 @@
+"""`streamlearn report`: write the page."""
+
+from pathlib import Path
+
+import click
+
+from streamlearn.contract.config import from_json
+from streamlearn.contract.errors import ConfigError
+
+
+@click.command()
+@click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: HOME/report.html]")
+def report(home: Path, out: Path | None) -> None:
+    """Write one self-contained HTML page with plots."""
+    from streamlearn.report import build_report
+
+    path = home / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{home}: no loop has run here; `streamlearn up --home {home}` starts one")
+    click.echo(str(build_report(home, from_json(path.read_text(), where=str(path)), out or home / "report.html")))

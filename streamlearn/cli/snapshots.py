@@ -1,0 +1,71 @@
+"""`streamlearn snapshots`: list, show, verify, pull."""
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.registry import OciLayout
+from streamlearn.snapshots import pull as reading
+
+HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+
+
+def open_registry(home: Path) -> OciLayout:
+    if not (home / "registry" / "oci-layout").exists():
+        raise ConfigError(f"{home / 'registry'}: no snapshots yet; `streamlearn up --home {home}` makes them")
+    return OciLayout(home / "registry")
+
+
+@click.group()
+def snapshots() -> None:
+    """List, show, pull and verify published models."""
+
+
+@snapshots.command("list")
+@HOME
+@JSON
+def list_(home: Path, as_json: bool) -> None:
+    """All snapshots, oldest first, with what was measured of them."""
+    rows = reading.list_snapshots(open_registry(home))
+    if as_json:
+        click.echo(json.dumps([row.__dict__ for row in rows], indent=2))
+        return
+    table = Table("step", "tags", "digest", "MB", "bank", "k-NN", "random", "raw pixels", "ridge")
+    for row in rows:
+        head = [str(row.step), " ".join(row.tags), row.digest[7:19], f"{row.bytes / 1e6:.1f}"]
+        for result in row.results or ({},):
+            cells = [f"{result[k]:.3f}" if k in result else "–" for k in ("knn", "random_knn", "raw_knn", "ridge")]
+            table.add_row(*head, str(result.get("bank", "–")), *cells)
+    Console().print(table)
+
+
+@snapshots.command()
+@click.argument("reference")
+@HOME
+def show(reference: str, home: Path) -> None:
+    """One snapshot: files, lineage, metrics, results.  REFERENCE: a tag or a digest."""
+    click.echo(json.dumps(reading.show(open_registry(home), reference), indent=2))
+
+
+@snapshots.command()
+@click.argument("reference")
+@HOME
+def verify(reference: str, home: Path) -> None:
+    """Read every byte of a snapshot and check it."""
+    for line in reading.verify(open_registry(home), reference):
+        click.echo(f"ok {line}")
+
+
+@snapshots.command()
+@click.argument("reference")
+@click.argument("folder", type=click.Path(path_type=Path))
+@HOME
+def pull(reference: str, folder: Path, home: Path) -> None:
+    """Copy a snapshot to a new FOLDER, verified."""
+    for path in reading.pull(open_registry(home), reference, folder):
+        click.echo(str(path))

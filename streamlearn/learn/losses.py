@@ -1,0 +1,63 @@
+"""Objective maths: tensors in, tensors out.  No modules, no config, no process group.
+
+Shapes, in the suffix of every tensor's name:
+  B = images in the batch   K = prototypes   D = embedding width   V = views of one image   A = views that assign codes
+  N = rows that are assigned together: the batch, and the queue behind it
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def sinkhorn(scores_NK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+    """Balanced soft assignments: every row sums to 1, every column to about N/K.
+
+    Sinkhorn-Knopp of SwAV (arXiv:2006.09882, section 3.1), on logarithms and in float32: exp(1 / 0.0113) is already float32's
+    largest number, so the plain form overflows at the epsilon that small batches need, and in float16 at 0.05.
+    """
+    N, K = scores_NK.shape
+    log_q_NK = scores_NK.float() / epsilon
+    for _ in range(iterations):
+        log_q_NK = log_q_NK - log_q_NK.logsumexp(dim=0, keepdim=True) - math.log(K)  # a prototype holds 1/K
+        log_q_NK = log_q_NK - log_q_NK.logsumexp(dim=1, keepdim=True) - math.log(N)  # an image holds 1/N
+    return (log_q_NK + math.log(N)).exp()
+
+
+def swapped_prediction(scores_VBK: Tensor, codes_ABK: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy of every view's prediction against every *other* view's code, mean over pairs; (B,) in nats.
+
+    SwAV, equation 2, with multi-crop (section 3.2): the codes come from the first A views only.  Sum of targets per view first:
+    one product a view instead of one a pair, the same number.
+    """
+    V, A = len(scores_VBK), len(codes_ABK)
+    log_p_VBK = F.log_softmax(scores_VBK.float() / temperature, dim=-1)
+    targets_BK = codes_ABK.sum(0)
+    total_B = scores_VBK.new_zeros(scores_VBK.shape[1], dtype=torch.float32)
+    for v in range(V):
+        others_BK = targets_BK - codes_ABK[v] if v < A else targets_BK
+        total_B = total_B - (others_BK * log_p_VBK[v]).sum(-1)
+    return total_B / (A * (V - 1))
+
+
+def code_entropy(codes_NK: Tensor) -> Tensor:
+    """Mean entropy of the codes over ln K, in [0, 1].  1 means uniform codes, that is collapse."""
+    entropy_N = torch.special.entr(codes_NK.float()).sum(-1)
+    return entropy_N.mean() / math.log(codes_NK.shape[1])
+
+
+def perplexity(use_K: Tensor) -> Tensor:
+    """Perplexity of prototype use over K, in (0, 1]; `use_K` are counts or probabilities."""
+    p_K = use_K.float() / use_K.sum().clamp_min(1e-12)
+    return torch.special.entr(p_K).sum().exp() / len(use_K)
+
+
+def effective_rank(features_BD: Tensor) -> Tensor:
+    """exp of the entropy of the normalised eigenvalues of the centred covariance (Roy & Vetterli 2007); 1 means collapse."""
+    centred_BD = features_BD.double() - features_BD.double().mean(0)
+    power = torch.linalg.svdvals(centred_BD) ** 2
+    p = power / power.sum().clamp_min(1e-300)
+    return torch.special.entr(p).sum().exp()

@@ -1,0 +1,106 @@
+"""The training loop.  Read it once and you know what a step does, and in which order."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamlearn.contract.errors import StreamlearnError
+from streamlearn.learn.objectives import parameters_of
+from streamlearn.learn.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(Protocol):
+    """What the stream hands over."""
+
+    @property
+    def crops(self) -> tuple[Tensor, ...]:
+        """One (V_r,B,3,S_r,S_r) float32 a resolution, augmented and normalised; the first resolution's views assign codes."""
+
+    @property
+    def fresh(self) -> Tensor:
+        """(B,) bool: learnt for the first time."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands once this batch is taken."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step showed: for watchers."""
+
+    loss: float  # nats, before the update
+    prequential: float  # the same over the fresh images only; nan when there were none
+    grad_norm: float
+    rate: float
+    sound: bool
+    halved: bool
+    z_BD: Tensor  # embeddings of the first view
+
+
+Watcher = Callable[[TrainState, Step], None]  # looks, never touches
+
+
+class NonFinite(StreamlearnError):
+    """Too many steps in a row were not finite: the weights or the input are beyond what skipping can mend."""
+
+
+def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20) -> None:
+    """Learn from `batches` until they end.  All that changes is in `state`."""
+    parameters = parameters_of(state.model, state.objective)
+    for batch in batches:
+        rate = state.policy.rate(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        device = parameters[0].device
+        z_VBD = state.model([crop.to(device, non_blocking=True) for crop in batch.crops])
+        loss, loss_B = state.objective.loss(z_VBD, state.step, len(batch.crops[0]))
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.objective.before_step(state.step)  # frozen prototypes lose their gradient here
+        norm = gradient_norm(parameters)
+        sound = bool(torch.isfinite(loss + norm))  # one look, before anything moves
+        halved = False
+        if sound:
+            state.optimizer.step()
+            state.objective.after_step()
+            state.ema.update(state.model, state.step)
+            prequential = float(loss_B[batch.fresh].mean())
+            if batch.fresh.any():
+                halved = state.policy.observe(prequential, state.step)
+        else:
+            prequential = float("nan")
+            state.ema.undo_buffers(state.model)
+        count(state, batch, sound, max_bad)
+        step = Step(float(loss.detach()), prequential, float(norm), rate, sound, halved, z_VBD[0].detach())
+        for look in watchers:
+            look(state, step)
+
+
+def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
+    """The batch is taken, whether or not it could be learnt: the sequence goes on."""
+    state.step += 1
+    state.images += len(batch.fresh)
+    state.fresh += int(batch.fresh.sum())
+    state.stream = batch.state
+    state.bad_steps += not sound
+    state.bad_in_a_row = 0 if sound else state.bad_in_a_row + 1
+    if not sound:
+        logger.error("step %d skipped: loss or gradient not finite (%d in a row)", state.step, state.bad_in_a_row)
+    if state.bad_in_a_row >= max_bad:
+        raise NonFinite(
+            f"step {state.step}: {max_bad} steps in a row were not finite. Lower train.optim.lr, or raise objective.epsilon; "
+            "the last checkpoint is sound, and a restart goes back to it"
+        )
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """() norm over all gradients, without a host sync."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.stack(list(norms)).norm()

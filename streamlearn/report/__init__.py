@@ -1,0 +1,5 @@
+"""The report page."""
+
+from streamlearn.report.page import build_report
+
+__all__ = ["build_report"]

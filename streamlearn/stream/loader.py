@@ -1,0 +1,231 @@
+"""Batches in the planned order, made ahead of need by worker processes.
+
+Specs of batches are pure values, handed out in order and collected in order; a worker that dies costs its work, not its place: the pool is
+made anew and the outstanding specs are handed out again.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from streamlearn.contract.catalog import Catalog
+from streamlearn.contract.config import StreamConfig
+from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.shards import ShardSample
+from streamlearn.stream import views
+from streamlearn.stream.cache import ShardCache, read_member
+from streamlearn.stream.decode import Pixels, decode
+from streamlearn.stream.keys import key, permutation
+from streamlearn.stream.plan import Planner, Position, Shard, Slots, finished, fresh_refs, order, substitute
+from streamlearn.stream.worker import BatchSpec, Made, Place, make, start_worker
+
+LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
+
+
+@dataclass(frozen=True)
+class Batch:
+    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution
+    fresh: Tensor  # (B,) bool
+    state: dict[str, Any]  # where the stream stands once this batch is taken
+    wait_s: float  # how long the learner waited for it
+
+
+@dataclass
+class _Outstanding:
+    spec: BatchSpec
+    fresh: np.ndarray[Any, np.dtype[np.bool_]]
+    after: Position
+    shards: frozenset[str]
+    future: "Future[Made] | None" = None
+
+
+class Stream:
+    """From catalog to batches; goes on from `state`, or from the beginning."""
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        catalog: Catalog,
+        store: ObjectStore,
+        cache_dir: Path,
+        *,
+        batch: int,
+        state: dict[str, Any] | None,
+        stop: threading.Event,
+    ):
+        self.config, self.batch, self.stop = config, batch, stop
+        self.planner = Planner(config, catalog, store, batch=batch)
+        self.cache = ShardCache(store, cache_dir, config.cache_bytes)
+        self.position = Position.from_state(config, state) if state else Position.start(config)
+        self.names: dict[str, Shard] = {}
+        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0}
+        self._queue: deque[_Outstanding] = deque()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def batches(self) -> Iterator[Batch | None]:
+        """Ends when `stop` is set.  None, about every `poll_s`, while there is nothing to learn."""
+        ahead = self._specs()
+        while not self.stop.is_set():
+            while len(self._queue) < self.config.prefetch and (item := next(ahead)) is not None:
+                self._queue.append(item)
+                self._submit(item)
+            if not self._queue:
+                self.stop.wait(self.config.poll_s)
+                yield None
+                continue
+            began = time.perf_counter()
+            item = self._queue[0]
+            made = self._collect(item)
+            self._queue.popleft()
+            self.counts["corrupt"] += int((~made.sound).sum())
+            fresh = torch.from_numpy(item.fresh & made.sound)
+            yield Batch(made.crops, fresh, item.after.to_state(), time.perf_counter() - began)
+
+    def sample(self, state: dict[str, Any], count: int) -> list[str]:
+        """Up to `count` references `<shard key>#<index>` of images learnt so far, drawn by a key of the state alone."""
+        position = Position.from_state(self.config, state)
+        table, refs = dict(position.table), position.reservoir.refs_N2
+        if position.record is not None and not len(refs):
+            table |= {s.number: s for s in position.record.shards}
+            refs = fresh_refs(position.record)
+        chosen = permutation(key(self.config.seed, position.round, position.place, "sample"), len(refs))[:count]
+        self.names |= {s.key: s for s in table.values()}
+        return [f"{table[shard].key}#{index}" for shard, index in refs[chosen].tolist()]
+
+    def image_bytes(self, ref: str) -> bytes:
+        """Raises NotFound, Corrupt."""
+        name, _, index = ref.rpartition("#")
+        if name not in self.names:
+            raise NotFound(f"{ref}: not among the shards of this stream")
+        path, samples = self.cache.shard(name, self.names[name].sha256, pinned=self._pinned())
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return read_member(fd, samples[int(index)])
+        finally:
+            os.close(fd)
+
+    def eval_images(self, refs: list[str], size: int) -> Tensor:
+        """(N,3,size,size) normalised centre crops.  An image that has vanished or cannot be decoded stands as the one before it."""
+        crops: list[Pixels] = []
+        for ref in refs:
+            try:
+                crops.append(views.eval_crop(decode(self.image_bytes(ref)), size))
+            except (NotFound, Corrupt):
+                self.counts["corrupt"] += 1
+                if crops:
+                    crops.append(crops[-1])
+        pixels = np.stack(crops) if crops else np.empty((0, size, size, 3), np.uint8)
+        return views.normalised(pixels, self.config.mean, self.config.std)
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.counts) | {"cache_bytes": self.cache.bytes}
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    # -- planning ahead ------------------------------------------------------------------------------------------------
+
+    def _specs(self) -> Iterator[_Outstanding | None]:
+        """Specs in order, for ever; None whenever nothing is planned."""
+        while True:
+            planned = self.planner.planned(self.position)
+            if planned is None:
+                yield None
+                continue
+            self.position, round_ = planned, planned.record
+            assert round_ is not None
+            slots = order(self.config.seed, round_, self.position.reservoir)
+            table = dict(self.position.table) | {s.number: s for s in round_.shards}
+            while self.position.place < round_.batches:
+                at = slice(self.position.place * self.batch, (self.position.place + 1) * self.batch)
+                after = replace(self.position, place=self.position.place + 1)
+                if after.place == round_.batches:
+                    after = finished(after)
+                item = self._spec(table, slots, at)
+                item.after = self.position = after
+                yield item
+                if after.record is None:  # the round is over
+                    break
+
+    def _spec(self, table: dict[int, Shard], slots: Slots, at: slice) -> _Outstanding:
+        places, fresh, shards = list[Place](), slots.fresh_N[at].copy(), set[str]()
+        for i, (number, index) in enumerate(slots.refs_N2[at].tolist()):
+            place = self._place(table.get(number), index, shards)
+            for attempt in range(LOST_TRIES):
+                if place is not None:
+                    break
+                fresh[i] = False
+                self.counts["lost"] += attempt == 0
+                number, index = substitute(self.config.seed, self.position, at.start + i, attempt)
+                place = self._place(table.get(number), index, shards)
+            if place is None:
+                raise Corrupt(
+                    f"round {self.position.round}: a slot's shard is lost, and so were {LOST_TRIES} others drawn in its place; "
+                    "see `streamlearn status` and restore the store from a backup"
+                )
+            places.append(place)
+        return _Outstanding(BatchSpec(tuple(places), slots.keys_N[at]), fresh, self.position, frozenset(shards))
+
+    def _place(self, shard: Shard | None, index: int, shards: set[str]) -> Place | None:
+        """Where the bytes of a sample lie on this disk; None if its shard is lost."""
+        if shard is None:
+            return None
+        try:
+            path, samples = self.cache.shard(shard.key, shard.sha256, pinned=self._pinned() | shards)
+        except (NotFound, Corrupt):
+            return None
+        shards.add(shard.key)
+        sample: ShardSample = samples[index]
+        return Place(str(path), sample)
+
+    def _pinned(self) -> frozenset[str]:
+        return frozenset().union(*(item.shards for item in self._queue))
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def _submit(self, item: _Outstanding) -> None:
+        if self.config.workers == 0:
+            return
+        if self._pool is None:
+            # forkserver: neither torch's threads nor its memory are copied into the workers
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["streamlearn.stream.worker"])
+            self._pool = ProcessPoolExecutor(self.config.workers, mp_context=context, initializer=start_worker, initargs=(os.getpid(),))
+        try:
+            item.future = self._pool.submit(make, self.config, item.spec)
+        except BrokenProcessPool:
+            self._revive()
+
+    def _collect(self, item: _Outstanding) -> Made:
+        if self.config.workers == 0:
+            return make(self.config, item.spec)
+        while True:
+            try:
+                assert item.future is not None
+                return item.future.result()
+            except BrokenProcessPool:
+                self._revive()
+
+    def _revive(self) -> None:
+        """A worker was killed: a new pool, and every outstanding spec again."""
+        self.counts["worker_deaths"] += 1
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = None
+        for item in self._queue:
+            self._submit(item)
