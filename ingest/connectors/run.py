@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def build(config: ConnectorConfig) -> Connector:
-    return {"folder": FolderConnector, "urls": UrlsConnector}[config.kind](config)
+    kinds: dict[str, type[FolderConnector] | type[UrlsConnector]] = {"folder": FolderConnector, "urls": UrlsConnector}
+    return kinds[config.kind](config)
 
 
 def run_connect(config: Config, log: EventLog, metrics: ConnectMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:

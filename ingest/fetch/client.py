@@ -11,7 +11,6 @@ one TLS context and one connection pool for the process; no proxies, no cookies,
 import asyncio
 import ssl
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +62,7 @@ class Client:
     def __init__(self, config: FetchConfig, folders: tuple[Path, ...] = ()):
         self.config, self.guard = config, Guard(config.allow_networks)
         self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
-        self._hosts: dict[bytes, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
+        self._hosts: dict[bytes, asyncio.Semaphore] = {}
 
     async def __aenter__(self) -> "Client":
         connector = aiohttp.TCPConnector(
@@ -109,8 +108,8 @@ class Client:
 
     def _host(self, url: str) -> asyncio.Semaphore:
         if len(self._hosts) > 65536:  # forget idle hosts: memory stays flat over months
-            self._hosts = defaultdict(self._hosts.default_factory, {h: s for h, s in self._hosts.items() if s.locked()})
-        return self._hosts[politeness_key(url)]
+            self._hosts = {host: busy for host, busy in self._hosts.items() if busy.locked()}
+        return self._hosts.setdefault(politeness_key(url), asyncio.Semaphore(self.config.per_host))
 
     async def _try(self, url: str) -> Fetched | Refused:
         deadline = time.monotonic() + self.config.total_timeout_s

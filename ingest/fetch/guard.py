@@ -5,19 +5,14 @@ by any spelling of a number, by a redirect, or by a name that changes its answer
 is what is looked at.
 """
 
+import errno
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 MARK = "address refused"  # aiohttp folds several failed addresses into one message; this survives it
-_EMBEDDED = (  # IPv6 ranges that carry an IPv4 address, and the bits to its right
-    (ip_network("::ffff:0:0/96"), 0),
-    (ip_network("64:ff9b::/96"), 0),  # NAT64
-    (ip_network("64:ff9b:1::/48"), 0),  # local NAT64: may reach anything
-    (ip_network("2002::/16"), 80),  # 6to4
-    (ip_network("::/96"), 0),  # IPv4-compatible
-)
+_CARRIES_IPV4 = (ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96"))  # mapped, NAT64: judged by the address inside
 _NEVER = (
     ip_network("100.64.0.0/10"),
     ip_network("192.0.0.0/24"),
@@ -33,9 +28,8 @@ class AddressRefused(OSError):
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv6Address):
-        for network, right in _EMBEDDED:
-            if address in network and not is_public(IPv4Address((int(address) >> right) & 0xFFFFFFFF)):
-                return False
+        if any(address in network for network in _CARRIES_IPV4):
+            return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
     if any(address in network for network in _NEVER if network.version == address.version):
         return False
     return address.is_global and not address.is_multicast and not address.is_reserved
@@ -56,7 +50,7 @@ class Guard:
 
         def make(info: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
             if not self.allows(info[4][0]):
-                raise AddressRefused(f"{MARK}: {info[4][0]} is not a public address")
+                raise AddressRefused(errno.EACCES, f"{MARK}: {info[4][0]} is not a public address")
             made = socket.socket(info[0], info[1], info[2])
             made.setblocking(False)
             return made

@@ -59,8 +59,10 @@ def screen(body: bytes, *, max_pixels: int, min_side: int) -> Seen | Refused:
         return Refused(Reason.NOT_AN_IMAGE, f"begins with {body[:8]!r}")
     try:
         width, height, frames = header(body, ext)
-    except _BOMB + _FAULTS as e:
-        return Refused(Reason.CORRUPT, f"{ext} header: {e}")
+    except _BOMB as e:
+        return Refused(Reason.TOO_MANY_PIXELS, f"{ext} header: {e}")
+    except _FAULTS as e:
+        return Refused(Reason.CORRUPT if ends_well(body, ext) else Reason.TRUNCATED, f"{ext} header: {e}")
     if width * height > max_pixels:
         return Refused(Reason.TOO_MANY_PIXELS, f"{width} x {height} px, over {max_pixels}")
     if min(width, height) < min_side:

@@ -22,7 +22,7 @@ LOOK_AT = 50  # images
 def recipe_for(images: Path | None, small_px: int) -> Config:
     """Small images by the recipe for small ones; photographs at 96 and 48 px.  A GPU, or another recipe, by --config."""
     small = images is not None and median_side(images) <= small_px
-    crops = (CropConfig(count=2, size=32, scale=(0.3, 1.0)),)
+    crops: tuple[CropConfig, ...] = (CropConfig(count=2, size=32, scale=(0.3, 1.0)),)
     if not small:
         crops = (CropConfig(count=2, size=96, scale=(0.14, 1.0)), CropConfig(count=4, size=48, scale=(0.05, 0.14)))
     return Config(

@@ -7,12 +7,13 @@ ends: two new concepts appear, and the style (palettes, backgrounds, sizes) shif
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]
+Plane = NDArray[Any]  # (S,S) float32
 OVER = 2  # supersampling, for smooth edges
 FIRST, EACH = 8, 2  # concepts in quarter 0, and new ones in each later quarter
 
@@ -131,14 +132,16 @@ class World:
         axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
         x, y = np.meshgrid(axis, axis)
         picture = _background(x, y, rng, quarter)
-        for _ in range(int(rng.integers(0, 4))):  # clutter: scraps that belong to nothing
+        if rng.random() < 0.5:  # clutter: a scrap that belongs to nothing
             picture = _lay(picture, _scrap(x, y, rng), _paint(x, y, rng, quarter))
-        reach = rng.uniform(0.6, 0.95) * (1.0 - 0.08 * (quarter % 3))
-        turn, squeeze = rng.uniform(-np.pi, np.pi), rng.uniform(0.8, 1.25)
-        u, v = x - rng.uniform(-0.25, 0.25), y - rng.uniform(-0.25, 0.25)
-        c, s = np.float32(np.cos(turn) / reach), np.float32(np.sin(turn) / reach)
-        inside = SHAPES[concept]((c * u + s * v) * np.float32(squeeze), (c * v - s * u) / np.float32(squeeze))
-        picture = _lay(picture, inside * np.float32(reach), _paint(x, y, rng, quarter))
+        paint = _apart(_paint(x, y, rng, quarter), picture)
+        for at in _places(rng):
+            reach = np.float32(rng.uniform(0.4, 0.62) * (1.0 - 0.06 * (quarter % 3)))
+            turn, squeeze = rng.uniform(-np.pi, np.pi), np.float32(rng.uniform(0.85, 1.18))
+            u, v = x - at[0], y - at[1]
+            c, s = np.float32(np.cos(turn)) / reach, np.float32(np.sin(turn)) / reach
+            inside = SHAPES[concept]((c * u + s * v) * squeeze, (c * v - s * u) / squeeze)
+            picture = _lay(picture, inside * reach, paint)
         return _photograph(picture, x, y, rng, self.size)
 
     def _rng(self, index: int, salt: int) -> np.random.Generator:
@@ -146,10 +149,25 @@ class World:
         return np.random.Generator(np.random.Philox(key=[self.seed, (index << 1) + salt]))
 
 
+def _places(rng: np.random.Generator) -> list[tuple[np.float32, np.float32]]:
+    """A little flock: one instance near each corner, some of them missing, each shaken."""
+    corners = [(cx, cy) for cx in (-0.5, 0.5) for cy in (-0.5, 0.5)]
+    kept = rng.permutation(4)[: int(rng.integers(3, 5))]
+    return [(np.float32(corners[k][0] + rng.uniform(-0.2, 0.2)), np.float32(corners[k][1] + rng.uniform(-0.2, 0.2))) for k in kept]
+
+
 def _colour(rng: np.random.Generator, quarter: int) -> Plane:
-    """Any colour; later quarters lean to other parts of the palette."""
-    lean = np.array([[0.5, 0.5, 0.5], [0.7, 0.5, 0.35], [0.35, 0.5, 0.7], [0.45, 0.65, 0.4]], np.float32)[quarter % 4]
-    return (0.75 * rng.random(3) + 0.25 * lean).astype(np.float32)
+    """A muted colour of any lightness; later quarters lean to other parts of the palette."""
+    lean = np.array([[0.0, 0.0, 0.0], [0.08, 0.0, -0.08], [-0.08, 0.0, 0.08], [-0.04, 0.08, -0.04]], np.float32)[quarter % 4]
+    return (rng.uniform(0.2, 0.8) + 0.08 * rng.standard_normal(3) + lean).astype(np.float32)
+
+
+def _apart(paint: Plane, ground: Plane) -> Plane:
+    """Make sure that a shape can be seen: three tenths of the range lighter or darker than its ground, on the whole."""
+    gap = float(paint.mean() - ground.mean())
+    if abs(gap) < 0.3:
+        paint = paint + np.float32((0.3 if gap >= 0 else -0.3) - gap)
+    return paint
 
 
 def _waves(x: Plane, y: Plane, rng: np.random.Generator, low: float, high: float) -> Plane:
@@ -164,13 +182,14 @@ def _waves(x: Plane, y: Plane, rng: np.random.Generator, low: float, high: float
 def _paint(x: Plane, y: Plane, rng: np.random.Generator, quarter: int) -> Plane:
     """(S,S,3): one colour shading into another along a texture."""
     a, b = _colour(rng, quarter), _colour(rng, quarter)
-    mix = _waves(x, y, rng, 1, 9)[..., None] * np.float32(rng.uniform(0, 0.7))
+    mix = _waves(x, y, rng, 0.5, 3)[..., None] * np.float32(rng.uniform(0, 0.5))
     return a * (1 - mix) + b * mix
 
 
 def _background(x: Plane, y: Plane, rng: np.random.Generator, quarter: int) -> Plane:
+    """A colour shading into another; later quarters have more texture."""
     a, b = _colour(rng, quarter), _colour(rng, quarter)
-    mix = _waves(x, y, rng, 1, 5 + 3 * (quarter % 3))[..., None] * np.float32(rng.uniform(0.2, 0.9))
+    mix = _waves(x, y, rng, 0.5, 2 + 2 * (quarter % 3))[..., None] * np.float32(rng.uniform(0.0, 0.8))
     return a * (1 - mix) + b * mix
 
 
@@ -178,10 +197,10 @@ def _scrap(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
     """A small blob or stick somewhere."""
     u, v = x - rng.uniform(-1, 1), y - rng.uniform(-1, 1)
     if rng.random() < 0.5:
-        return np.hypot(u, v) - np.float32(rng.uniform(0.06, 0.2))
+        return np.hypot(u, v) - np.float32(rng.uniform(0.06, 0.15))
     angle = rng.uniform(0, np.pi)
     along, across = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
-    return np.maximum(np.abs(across) - np.float32(0.05), np.abs(along) - np.float32(rng.uniform(0.2, 0.5))).astype(np.float32)
+    return np.maximum(np.abs(across) - np.float32(0.05), np.abs(along) - np.float32(rng.uniform(0.15, 0.4))).astype(np.float32)
 
 
 def _lay(picture: Plane, inside: Plane, paint: Plane) -> Plane:
@@ -193,9 +212,9 @@ def _lay(picture: Plane, inside: Plane, paint: Plane) -> Plane:
 def _photograph(picture: Plane, x: Plane, y: Plane, rng: np.random.Generator, size: int) -> bytes:
     """Light from one side, exposure, grain; then down to size, as JPEG."""
     angle = rng.uniform(0, 2 * np.pi)
-    light = 1 + np.float32(rng.uniform(0, 0.45)) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
-    picture = picture * light[..., None] * np.float32(rng.uniform(0.7, 1.25))
+    light = 1 + np.float32(rng.uniform(0, 0.6)) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
+    picture = picture * light[..., None] * np.float32(rng.uniform(0.6, 1.3))
     small = picture.reshape(size, OVER, size, OVER, 3).mean((1, 3))
-    small = small + rng.standard_normal(small.shape, dtype=np.float32) * np.float32(rng.uniform(0.01, 0.05))
+    small = small + rng.standard_normal(small.shape, dtype=np.float32) * np.float32(0.02)
     pixels = np.ascontiguousarray((small.clip(0, 1) * 255).astype(np.uint8))
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=int(rng.integers(70, 96)), colorspace="RGB"))
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=88, colorspace="RGB"))

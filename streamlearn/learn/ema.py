@@ -1,16 +1,21 @@
 """The exponential moving average that is published, and BatchNorm's statistics for it."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 
-class Ema:
+M = TypeVar("M", bound=nn.Module)
+
+
+class Ema(Generic[M]):
     """A second copy of the model.  Weights are averaged; buffers (BatchNorm's running statistics) are copied."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+    def __init__(self, model: M, decay: float):
+        self.model, self.decay = copy.deepcopy(model), decay
+        self.model.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -135,7 +135,7 @@ class Learner:
         if self.state.step != self.checkpoints.last_step and self.state.step:
             self.recorder.beat(self.state, "stopping", force=True)
             self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True)
-            self.recorder.checkpointed(self.state, self.checkpoints)
+        self.recorder.checkpointed(self.checkpoints)
         logger.info("stopped at step %d", self.state.step)
 
     def batches(self) -> Iterator[Batch]:
@@ -156,7 +156,7 @@ class Learner:
         publish_now = state.step % self.config.train.snapshot_steps == 0
         if publish_now or state.step % self.config.train.checkpoint_steps == 0:
             self.checkpoints.save(state.state_dict(), state.step, wait=publish_now)
-            self.recorder.checkpointed(state, self.checkpoints)
+            self.recorder.checkpointed(self.checkpoints)
         if publish_now:
             self.snapshot()
 
@@ -239,7 +239,8 @@ class Recorder:
         self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), -1
         self.losses: list[float] = []
         self.rank = math.nan
-        self.corrupt = 0
+        self.corrupt = self.failures = 0  # told to the metrics so far
+        self.committed = -1  # step of the newest checkpoint
 
     def waited(self, seconds: float) -> None:
         self.wait_s += seconds
@@ -288,7 +289,13 @@ class Recorder:
 
     def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
         self.metrics.heartbeat.set_to_current_time()
-        known = {"state": what, "step": state.step, "images": state.images, "fresh": state.fresh, "bad_steps": state.bad_steps}
+        known: dict[str, Any] = {
+            "state": what,
+            "step": state.step,
+            "images": state.images,
+            "fresh": state.fresh,
+            "bad_steps": state.bad_steps,
+        }
         known |= {
             "halvings": len(state.policy.halvings),
             "cursor": state.stream.get("cursor", {}),
@@ -298,10 +305,14 @@ class Recorder:
             known["effective_rank"] = round(self.rank, 2)
         self.heart.beat(force=force, **known, **more)
 
-    def checkpointed(self, state: TrainState, checkpoints: Checkpoints) -> None:
-        self.metrics.checkpoints.inc()
-        self.metrics.checkpoint_failures.inc(max(0, checkpoints.failures - int(self.metrics.checkpoint_failures._value.get())))
-        self.heart.beat(last_checkpoint={"step": checkpoints.last_step, "at": now()}, checkpoint_failures=checkpoints.failures)
+    def checkpointed(self, checkpoints: Checkpoints) -> None:
+        """What is committed by now; the newest may still be on its way to the store."""
+        if checkpoints.last_step != self.committed:
+            self.committed = checkpoints.last_step
+            self.metrics.checkpoints.inc()
+        self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
+        self.failures = checkpoints.failures
+        self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
 
     def published(self, state: TrainState, tag: str, digest: str) -> None:
         logger.info("published %s (%s)", tag, digest[:19])

@@ -19,7 +19,7 @@ class TrainState:
     """A step draws no random number: the order and the augmentations are functions of `stream`, so no generator is kept."""
 
     model: Model  # trunk and head
-    ema: Ema
+    ema: Ema[Model]
     objective: SwAV  # prototypes, queue, use: buffers
     optimizer: torch.optim.Optimizer
     policy: HalveOnPlateau

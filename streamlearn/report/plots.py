@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, SOFT, BLUE, ORANGE, GREEN, RED = "#222831", "#9aa4b2", "#1f6feb", "#e8590c", "#2b8a3e", "#c92a2a"
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e9ee", "figure.facecolor": "white",
     "axes.axisbelow": True, "svg.hashsalt": "streamlearn", "legend.frameon": False,

@@ -38,9 +38,8 @@ def decode(data: bytes) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                if image.getexif().get(_ORIENTATION, 1) != 1:
-                    image = ImageOps.exif_transpose(image)
-                return np.asarray(_rgb(image), dtype=np.uint8)
+                turned = image.getexif().get(_ORIENTATION, 1) != 1
+                return np.asarray(_rgb(ImageOps.exif_transpose(image) if turned else image), dtype=np.uint8)
     except _FAULTS as e:
         raise Corrupt(f"image of {len(data)} bytes: {e}") from e
 

@@ -1,0 +1,102 @@
+"""The role: resumes, checkpoints, publishes, stops; the same snapshots whether or not it was killed."""
+
+import hashlib
+import threading
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from streamlearn.contract.durable import read_lines
+from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.metrics import LearnerMetrics
+from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.status import Heartbeat, read_status
+from streamlearn.learn.checkpoint import Checkpoints
+from streamlearn.learn.run import run_train
+from tests.learn.world import PlainStream, same, small_config
+
+
+class Killed(BaseException): ...
+
+
+class Shelf:
+    """Takes what is published; dies at a step if told to."""
+
+    def __init__(self, die_at=None):
+        self.exports, self.die_at = {}, die_at
+
+    def __call__(self, export):
+        if export.step == self.die_at:
+            raise Killed
+        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for _, w in sorted(export.weights.items()))).hexdigest()
+        self.exports[export.step] = (digest, export)
+        return f"0.{export.step}.0", digest
+
+
+def learn(home, end, shelf, config=None, stop=None):
+    config = config or small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=end)
+    metrics, heart = LearnerMetrics(CollectorRegistry()), Heartbeat(home, "train", period_s=0)
+    stop = stop or threading.Event()
+    gallery = home / "history" / "gallery.json"
+    return run_train(
+        config, lambda s: PlainStream(s, 100, stop), FolderStore(home / "store"), shelf, metrics, heart, stop=stop, gallery=gallery
+    )
+
+
+def test_it_goes_on_from_where_it_was(tmp_path):
+    whole, parts = Shelf(), Shelf()
+    a = learn(tmp_path / "a", 10, whole)
+    learn(tmp_path / "b", 3, parts)
+    learn(tmp_path / "b", 7, parts)
+    b = learn(tmp_path / "b", 10, parts)
+    assert same(a.state_dict(), b.state_dict()) == set()
+    assert {s: d for s, (d, _) in whole.exports.items()} == {s: d for s, (d, _) in parts.exports.items()}
+    assert sorted(whole.exports) == [4, 8]
+
+
+def test_killed_between_checkpoint_and_snapshot_it_publishes_the_same_snapshot_later(tmp_path):
+    whole, late = Shelf(), Shelf(die_at=4)
+    learn(tmp_path / "a", 6, whole)
+    with pytest.raises(Killed):
+        learn(tmp_path / "b", 6, late)
+    assert Checkpoints(FolderStore(tmp_path / "b" / "store"), keep=3).load()["step"] == 4
+    late.die_at = None
+    learn(tmp_path / "b", 6, late)
+    assert late.exports[4][0] == whole.exports[4][0]
+
+
+def test_what_is_published_says_where_it_comes_from(tmp_path):
+    shelf = Shelf()
+    learn(tmp_path, 4, shelf)
+    export = shelf.exports[4][1]
+    assert export.cursor == {"candidates/0": 4} and export.metrics["images"] == 32
+    assert not any(name.startswith("head") for name in export.weights) and export.width == 368
+
+
+def test_it_tells_what_it_does(tmp_path):
+    learn(tmp_path, 10, Shelf())
+    status = read_status(tmp_path)["train"]
+    assert status["step"] == 10 and status["last_snapshot"]["tag"] == "0.8.0" and status["last_checkpoint"]["step"] == 10
+    lines = list(read_lines(tmp_path / "history" / "train.jsonl"))
+    assert [line["step"] for line in lines if "lr" in line and "event" not in line] == [10]
+    assert [line["step"] for line in lines if line.get("event") == "snapshot"] == [4, 8]
+
+
+def test_told_to_stop_it_checkpoints_and_ends(tmp_path):
+    stop = threading.Event()
+
+    class StopsSoon(Shelf):
+        def __call__(self, export):
+            stop.set()
+            return super().__call__(export)
+
+    state = learn(tmp_path, 50, StopsSoon(), stop=stop)
+    assert state.step == 4 and Checkpoints(FolderStore(tmp_path / "store"), keep=3).load()["step"] == 4
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_remedy(tmp_path):
+    learn(tmp_path, 2, Shelf())
+    other = small_config(max_steps=3)
+    other = other.model_copy(update={"objective": other.objective.model_copy(update={"prototypes": 7})})
+    with pytest.raises(ConfigError, match=r"the checkpoint of step 2 does not fit .*new home"):
+        learn(tmp_path, 3, Shelf(), other)

@@ -1,0 +1,152 @@
+"""Loss and assignment against an independent float64 reference, written from the paper's equations with loops and nothing of ours."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamlearn.contract.config import ObjectiveConfig
+from streamlearn.learn.losses import sinkhorn, swapped_prediction
+from streamlearn.learn.objectives import SwAV
+
+
+def reference_codes(scores, epsilon, iterations):
+    """arXiv:2006.09882, equations 3 to 5: Q* = Diag(u) exp(C'Z / eps) Diag(v), by alternating normalisation; float64, shifted per matrix."""
+    scores = np.asarray(scores, np.float64)
+    q = np.exp((scores - scores.max()) / epsilon).T  # K x B
+    K, B = q.shape
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(axis=1, keepdims=True) * K
+        q /= q.sum(axis=0, keepdims=True) * B
+    return (q * B).T
+
+
+def reference_loss(scores_VBK, epsilon, iterations, temperature, assign):
+    """Equations 1 and 2 with multi-crop: every assigning view against every other view."""
+    scores = np.asarray(scores_VBK, np.float64)
+    total, terms = 0.0, 0
+    for a in range(assign):
+        q = reference_codes(scores[a], epsilon, iterations)
+        for v in range(len(scores)):
+            if v == a:
+                continue
+            p = np.exp(scores[v] / temperature)
+            p /= p.sum(axis=1, keepdims=True)
+            total += -(q * np.log(p)).sum(axis=1).mean()
+            terms += 1
+    return total / terms
+
+
+def scores(views, batch, prototypes, seed=0, width=16):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.nn.functional.normalize(torch.randn(views, batch, width, generator=g), dim=-1)
+    c = torch.nn.functional.normalize(torch.randn(prototypes, width, generator=g), dim=-1)
+    return z @ c.T
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.03, 0.015])
+@pytest.mark.parametrize("iterations", [3, 10])
+def test_codes_equal_the_papers_equations(epsilon, iterations):
+    s = scores(1, 64, 48)[0]
+    ours = sinkhorn(s, epsilon=epsilon, iterations=iterations).double().numpy()
+    np.testing.assert_allclose(ours, reference_codes(s, epsilon, iterations), atol=1e-6)
+
+
+@pytest.mark.parametrize(("views", "assign"), [(2, 2), (6, 2), (4, 1)])
+def test_the_loss_equals_the_papers_equations(views, assign):
+    s = scores(views, 32, 40)
+    codes = torch.stack([sinkhorn(s[a], epsilon=0.05, iterations=3) for a in range(assign)])
+    ours = float(swapped_prediction(s, codes, temperature=0.1).mean())
+    assert ours == pytest.approx(reference_loss(s, 0.05, 3, 0.1, assign), rel=1e-6)
+
+
+def test_the_objective_end_to_end_equals_the_papers_equations():
+    objective = SwAV(ObjectiveConfig(prototypes=24, epsilon=0.05, freeze_prototypes=0), 16)
+    z = torch.nn.functional.normalize(torch.randn(6, 20, 16, generator=torch.Generator().manual_seed(3)), dim=-1)
+    loss, each = objective.loss(z, 0, 2)
+    expected = reference_loss((z @ objective.prototypes.weight.T).detach(), 0.05, 3, 0.1, 2)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6) and float(each.mean()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_gradient_equals_finite_differences_with_the_codes_held():
+    s = scores(3, 6, 5).double()
+    codes = torch.stack([sinkhorn(s[a], epsilon=0.05, iterations=3).double() for a in range(2)])
+
+    def loss(x):
+        log_p = torch.log_softmax(x / 0.1, -1)  # float64 twin of the loss, for the check
+        return -sum((codes[a] * log_p[v]).sum(-1).mean() for a in range(2) for v in range(3) if v != a) / 4
+
+    x = s.clone().requires_grad_()
+    loss(x).backward()
+    y = s.float().requires_grad_()
+    swapped_prediction(y, codes.float(), temperature=0.1).mean().backward()
+    torch.testing.assert_close(y.grad.double(), x.grad, atol=1e-7, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.integers(2, 9), st.integers(0, 10**6))
+def test_every_image_is_wholly_assigned_whatever_the_scores(batch, prototypes, seed):
+    q = sinkhorn(scores(1, batch, prototypes, seed)[0], epsilon=0.05, iterations=3)
+    torch.testing.assert_close(q.sum(1), torch.ones(batch))
+
+
+def test_prototypes_are_balanced_when_given_time():
+    q = sinkhorn(scores(1, 64, 16)[0], epsilon=0.25, iterations=200)
+    torch.testing.assert_close(q.sum(0), torch.full((16,), 4.0), rtol=1e-3, atol=1e-3)
+
+
+def test_identical_features_get_uniform_codes_and_a_loss_of_at_least_ln_k():
+    z = torch.nn.functional.normalize(torch.ones(2, 10, 8), dim=-1)
+    objective = SwAV(ObjectiveConfig(prototypes=12, freeze_prototypes=0), 8)
+    s = objective.prototypes(z)
+    q = sinkhorn(s[0].detach(), epsilon=0.05, iterations=3)
+    torch.testing.assert_close(q, torch.full_like(q, 1 / 12), atol=1e-6, rtol=0)
+    assert float(objective.loss(z, 0, 2)[0]) >= math.log(12) - 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("epsilon", [0.005, 0.01, 0.05])
+def test_codes_are_finite_and_right_in_every_dtype_and_at_every_epsilon(dtype, epsilon):
+    s = torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
+    q = sinkhorn(s, epsilon=epsilon, iterations=3)
+    assert torch.isfinite(q).all()
+    np.testing.assert_allclose(q.numpy(), reference_codes_in_logs(s.double().numpy(), epsilon, 3), atol=1e-5)
+
+
+def reference_codes_in_logs(scores, epsilon, iterations):
+    """The same equations on float64 logarithms: at epsilon 0.005 even float64 exponentials underflow."""
+    logs = scores / epsilon
+    B, K = logs.shape
+
+    def lse(x, axis):
+        top = x.max(axis=axis, keepdims=True)
+        return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+
+    for _ in range(iterations):
+        logs = logs - lse(logs, 0) - math.log(K)
+        logs = logs - lse(logs, 1) - math.log(B)
+    return np.exp(logs + math.log(B))
+
+
+def test_a_queue_is_used_only_once_it_is_full_and_changes_the_codes():
+    config = ObjectiveConfig(prototypes=8, queue=12, freeze_prototypes=0)
+    objective, g = SwAV(config, 6), torch.Generator().manual_seed(0)
+
+    def batch():
+        return torch.nn.functional.normalize(torch.randn(2, 4, 6, generator=g), dim=-1)
+
+    for filled in (4, 8, 12):
+        z = batch()
+        plain = sinkhorn(objective.prototypes(z)[0].detach(), epsilon=0.05, iterations=3)
+        torch.testing.assert_close(objective._codes(objective.prototypes(z)[0].detach(), 0, 0), plain)
+        objective.loss(z, 0, 2)
+        objective.after_step()
+        assert int(objective.queued) == filled
+    z = batch()
+    s = objective.prototypes(z)[0].detach()
+    stacked = torch.cat([s, objective.prototypes(objective.queue_AQD[0]).detach()])
+    torch.testing.assert_close(objective._codes(s, 0, 0), sinkhorn(stacked, epsilon=0.05, iterations=3)[:4])
