@@ -13,12 +13,17 @@ from urllib.parse import urlsplit
 
 MARK = "address refused"  # aiohttp folds several failed addresses into one message; this survives it
 _CARRIES_IPV4 = (ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96"))  # mapped, NAT64: judged by the address inside
-_NEVER = (
-    ip_network("100.64.0.0/10"),
-    ip_network("192.0.0.0/24"),
-    ip_network("2001::/32"),
-    ip_network("fec0::/10"),
-    ip_network("64:ff9b:1::/48"),
+_NEVER = tuple(
+    ip_network(block)
+    for block in (
+        "100.64.0.0/10",  # carriers' NAT
+        "192.0.0.0/24",  # protocol assignments
+        "::/96",  # IPv4-compatible, long deprecated
+        "64:ff9b:1::/48",  # local NAT64: leads anywhere
+        "2001::/32",  # Teredo
+        "2002::/16",  # 6to4
+        "fec0::/10",  # site-local
+    )
 )
 
 
