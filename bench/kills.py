@@ -173,7 +173,9 @@ def audit_home(home: Path, images: int) -> Findings:
                 urls[outcome["url"]] += 1
     found.check("every shard is readable and as digested", not found.wrong, f"({len(rows)} shards)")
     ends = {(t, p): log.bounds(t, p)[1] for t, p in {(r.topic, r.partition) for r in rows}}
-    found.check("every offset has exactly one outcome", set(offsets.values()) == {1} and len(offsets) == sum(ends.values()), f"({len(offsets)})")
+    found.check(
+        "every offset has exactly one outcome", set(offsets.values()) == {1} and len(offsets) == sum(ends.values()), f"({len(offsets)})"
+    )
     found.check("every image is stored exactly once", len(urls) == images and set(urls.values()) == {1}, f"({len(urls)} of {images})")
     _audit_learning(found, config, embedded, images)
     _audit_snapshots(found, embedded)
@@ -183,10 +185,12 @@ def audit_home(home: Path, images: int) -> Findings:
 def _audit_learning(found: Findings, config: Any, embedded: Home, images: int) -> None:
     state = Checkpoints(embedded.store(), keep=config.train.keep_checkpoints).load()
     assert state is not None
-    seen = audit(config.stream, embedded.store(), state["stream"], batch=config.train.batch)
+    seen = audit(config.stream, embedded.store(), state["stream"])
     once = len(seen.fresh) == images and set(seen.fresh.values()) == {1}
     found.check("every image is learnt as fresh exactly once", once, f"({len(seen.fresh)} of {images})")
-    found.check("the learner took each batch of the sequence once", seen.batches == state["step"], f"(step {state['step']}, {seen.batches} batches)")
+    found.check(
+        "the learner took each batch of the sequence once", seen.batches == state["step"], f"(step {state['step']}, {seen.batches} batches)"
+    )
 
 
 def _audit_snapshots(found: Findings, embedded: Home) -> None:

@@ -152,7 +152,9 @@ def run(kind: str, home: Path, steps: int | None, count: int | None, limit_s: fl
     home.mkdir(parents=True)
     images = load(DATA / source, count)
     server = subprocess.Popen(
-        [sys.executable, "-m", "bench.serve", str(DATA / source), *(["--count", str(count)] if count else [])], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bench.serve", str(DATA / source), *(["--count", str(count)] if count else [])],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout
     base = server.stdout.readline().split()[-1]
@@ -177,7 +179,9 @@ def run(kind: str, home: Path, steps: int | None, count: int | None, limit_s: fl
 
 def report(home: Path, images: Any, cpu: float, wall: float) -> None:
     want, got = Counter(hashlib.sha256(i).hexdigest() for i in images), stored(home)
-    print(f"\nimages served {sum(want.values())}, stored {sum(got.values())}, missing {sum((want - got).values())}, surplus {sum((got - want).values())}")
+    print(
+        f"\nimages served {sum(want.values())}, stored {sum(got.values())}, missing {sum((want - got).values())}, surplus {sum((got - want).values())}"
+    )
     print(f"learner: {cpu / 60:.1f} CPU minutes, workers included; {wall / 60:.1f} minutes in all")
     curve = [line for line in read_lines(home / "history" / "evaluate.jsonl") if "knn" in line]
     for line in sorted(curve, key=lambda r: r["step"]):

@@ -16,6 +16,10 @@ from streamlearn.contract.status import read_status
 
 BARS = "▁▂▃▄▅▆▇█"
 ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+TRAIN = (
+    *("state", "step", "images", "fresh", "images_per_s", "loss", "lr", "halvings", "round", "cursor", "wait_share", "perplexity"),
+    *("code_entropy", "effective_rank", "bad_steps", "last_snapshot", "last_checkpoint", "checkpoint_failures", "stream"),
+)
 OLD_S = 30.0  # a heartbeat older than this is said to be old
 
 
@@ -42,28 +46,7 @@ def overview(home: Path, restarts: Mapping[str, int] | None = None) -> dict[str,
         ),
         "candidates": status.get("connect", {}).get("candidates", 0),
         "sources": status.get("connect", {}).get("sources", {}),
-        "train": _pick(
-            status.get("train", {}),
-            "state",
-            "step",
-            "images",
-            "fresh",
-            "images_per_s",
-            "loss",
-            "lr",
-            "halvings",
-            "round",
-            "cursor",
-            "wait_share",
-            "perplexity",
-            "code_entropy",
-            "effective_rank",
-            "bad_steps",
-            "last_snapshot",
-            "last_checkpoint",
-            "checkpoint_failures",
-            "stream",
-        ),  # fmt: skip
+        "train": _pick(status.get("train", {}), *TRAIN),
         "evaluate": _pick(status.get("evaluate", {}), "evaluated", "pending", "failed", "last"),
         "curve": curve(home),
     }

@@ -21,6 +21,7 @@ MAY = {
         "streamlearn.learn.backbones",
         "streamlearn.snapshots",
         "streamlearn.stream.decode",
+        "streamlearn.stream.views",
     },
     "streamlearn.demo": {"streamlearn.contract"},
     "ingest": {"streamlearn.contract"},

@@ -68,7 +68,7 @@ class Client:
         connector = aiohttp.TCPConnector(
             limit=self.config.concurrency,
             ssl=ssl.create_default_context(),  # one for all: building it costs tens of milliseconds
-            socket_factory=self.guard.socket_factory(),  # type: ignore[arg-type]
+            socket_factory=self.guard.socket_factory(),
             ttl_dns_cache=60,
         )
         timeout = aiohttp.ClientTimeout(total=self.config.total_timeout_s, sock_connect=self.config.connect_timeout_s)

@@ -32,9 +32,8 @@ class AddressRefused(OSError):
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    if isinstance(address, IPv6Address):
-        if any(address in network for network in _CARRIES_IPV4):
-            return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
+    if isinstance(address, IPv6Address) and any(address in network for network in _CARRIES_IPV4):
+        return is_public(IPv4Address(int(address) & 0xFFFFFFFF))
     if any(address in network for network in _NEVER if network.version == address.version):
         return False
     return address.is_global and not address.is_multicast and not address.is_reserved

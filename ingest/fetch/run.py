@@ -43,7 +43,7 @@ def run_fetch(
     home: Path,
 ) -> None:
     """Fetch until `stop`.  Units that are open then are dropped: their offsets are fetched again."""
-    asyncio.run(Fetcher(config, log, store, catalog, metrics, heartbeat, home).run(stop))
+    asyncio.run(Fetcher(config, log, store, catalog, metrics, heartbeat, home=home).run(stop))
 
 
 class Fetcher:
@@ -57,6 +57,7 @@ class Fetcher:
         catalog: Catalog,
         metrics: FetchMetrics,
         heartbeat: Heartbeat,
+        *,
         home: Path,
     ):
         self.config, self.log, self.store, self.catalog, self.metrics, self.heart = config, log, store, catalog, metrics, heartbeat

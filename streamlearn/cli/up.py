@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. train.batch=64.")
 @click.option("--for", "seconds", type=float, help="End by itself after so many seconds.")
 def up(
+    *,
     file: Path | None,
     demo: bool,
     images: Path | None,
@@ -51,7 +52,7 @@ def up(
     """Run the whole loop on this machine until Ctrl-C.  The same command goes on from where it was."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s", stream=sys.stderr)
     overrides = _overrides(settings)
-    config, folder = _resolve(file, demo, images, urls, probe, home, overrides)
+    config, folder = _resolve(file, home, overrides, demo=demo, images=images, urls=urls, probe=probe)
     with exclusive(folder):
         _prepare(config, folder)
         _run(config, folder, seconds)
@@ -66,12 +67,13 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
 
 def _resolve(
     file: Path | None,
+    home: Path | None,
+    overrides: Mapping[str, str],
+    *,
     demo: bool,
     images: Path | None,
     urls: Path | None,
     probe: Path | None,
-    home: Path | None,
-    overrides: Mapping[str, str],
 ) -> tuple[Config, Path]:
     """The configuration and the home, both absolute."""
     if file is not None:

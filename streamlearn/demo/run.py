@@ -88,13 +88,13 @@ async def _serve(config: Config, home: Path, metrics: DemoMetrics, heartbeat: He
     port = int(runner.addresses[0][1])
     durable.write(kept, str(port).encode())
     try:
-        await _announce(config, world, home, f"http://127.0.0.1:{port}", metrics, heartbeat, stop)
+        await _announce(config, world, home, f"http://127.0.0.1:{port}", metrics=metrics, heartbeat=heartbeat, stop=stop)
     finally:
         await runner.cleanup()
 
 
 async def _announce(
-    config: Config, world: World, home: Path, base: str, metrics: DemoMetrics, heartbeat: Heartbeat, stop: threading.Event
+    config: Config, world: World, home: Path, base: str, *, metrics: DemoMetrics, heartbeat: Heartbeat, stop: threading.Event
 ) -> None:
     """Let the list of URLs grow at its rate, not much further ahead than the fetcher keeps up."""
     urls = home / "demo" / "urls.txt"

@@ -23,7 +23,7 @@ def _ring(x: Plane, y: Plane) -> Plane:
 
 
 def _star(x: Plane, y: Plane) -> Plane:
-    return np.hypot(x, y) - (0.56 + 0.32 * np.cos(5 * np.arctan2(y, x)))
+    return np.asarray(np.hypot(x, y) - (0.56 + 0.32 * np.cos(5 * np.arctan2(y, x))))
 
 
 def _cross(x: Plane, y: Plane) -> Plane:
@@ -52,7 +52,7 @@ def _dots(x: Plane, y: Plane) -> Plane:
 
 def _gear(x: Plane, y: Plane) -> Plane:
     r = np.hypot(x, y)
-    return np.maximum(r - 0.68 - 0.14 * np.sign(np.sin(9 * np.arctan2(y, x))), 0.25 - r)
+    return np.asarray(np.maximum(r - 0.68 - 0.14 * np.sign(np.sin(9 * np.arctan2(y, x))), 0.25 - r))
 
 
 def _spiral(x: Plane, y: Plane) -> Plane:
@@ -137,7 +137,7 @@ class World:
         paint = _apart(_paint(x, y, rng, quarter), picture)
         for at in _places(rng):
             reach = np.float32(rng.uniform(0.4, 0.62) * (1.0 - 0.06 * (quarter % 3)))
-            turn, squeeze = rng.uniform(-np.pi, np.pi), np.float32(rng.uniform(0.85, 1.18))
+            turn, squeeze = rng.uniform(-0.6, 0.6), np.float32(rng.uniform(0.85, 1.18))
             u, v = x - at[0], y - at[1]
             c, s = np.float32(np.cos(turn)) / reach, np.float32(np.sin(turn)) / reach
             inside = SHAPES[concept]((c * u + s * v) * squeeze, (c * v - s * u) / squeeze)
@@ -159,7 +159,7 @@ def _places(rng: np.random.Generator) -> list[tuple[np.float32, np.float32]]:
 def _colour(rng: np.random.Generator, quarter: int) -> Plane:
     """A muted colour of any lightness; later quarters lean to other parts of the palette."""
     lean = np.array([[0.0, 0.0, 0.0], [0.08, 0.0, -0.08], [-0.08, 0.0, 0.08], [-0.04, 0.08, -0.04]], np.float32)[quarter % 4]
-    return (rng.uniform(0.2, 0.8) + 0.08 * rng.standard_normal(3) + lean).astype(np.float32)
+    return np.asarray((rng.uniform(0.2, 0.8) + 0.08 * rng.standard_normal(3) + lean).astype(np.float32))
 
 
 def _apart(paint: Plane, ground: Plane) -> Plane:
@@ -200,7 +200,7 @@ def _scrap(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
         return np.hypot(u, v) - np.float32(rng.uniform(0.06, 0.15))
     angle = rng.uniform(0, np.pi)
     along, across = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
-    return np.maximum(np.abs(across) - np.float32(0.05), np.abs(along) - np.float32(rng.uniform(0.15, 0.4))).astype(np.float32)
+    return np.asarray(np.maximum(np.abs(across) - np.float32(0.05), np.abs(along) - np.float32(rng.uniform(0.15, 0.4))).astype(np.float32))
 
 
 def _lay(picture: Plane, inside: Plane, paint: Plane) -> Plane:

@@ -6,7 +6,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

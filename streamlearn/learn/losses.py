@@ -46,13 +46,15 @@ def swapped_prediction(scores_VBK: Tensor, codes_ABK: Tensor, *, temperature: fl
 def code_entropy(codes_NK: Tensor) -> Tensor:
     """Mean entropy of the codes over ln K, in [0, 1].  1 means uniform codes, that is collapse."""
     entropy_N = torch.special.entr(codes_NK.float()).sum(-1)
-    return entropy_N.mean() / math.log(codes_NK.shape[1])
+    share: Tensor = entropy_N.mean() / math.log(codes_NK.shape[1])
+    return share
 
 
 def perplexity(use_K: Tensor) -> Tensor:
     """Perplexity of prototype use over K, in (0, 1]; `use_K` are counts or probabilities."""
     p_K = use_K.float() / use_K.sum().clamp_min(1e-12)
-    return torch.special.entr(p_K).sum().exp() / len(use_K)
+    share: Tensor = torch.special.entr(p_K).sum().exp() / len(use_K)
+    return share
 
 
 def effective_rank(features_BD: Tensor) -> Tensor:
@@ -60,4 +62,5 @@ def effective_rank(features_BD: Tensor) -> Tensor:
     centred_BD = features_BD.double() - features_BD.double().mean(0)
     power = torch.linalg.svdvals(centred_BD) ** 2
     p = power / power.sum().clamp_min(1e-300)
-    return torch.special.entr(p).sum().exp()
+    rank: Tensor = torch.special.entr(p).sum().exp()
+    return rank

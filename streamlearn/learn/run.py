@@ -79,7 +79,8 @@ def run_train(
     checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
     state = resume(config, checkpoints, heartbeat)
     stream = open_stream(state.stream or None)
-    learner = Learner(config, state, stream, checkpoints, publish, Recorder(config, metrics, heartbeat, stream), stop, gallery)
+    recorder = Recorder(config, metrics, heartbeat, stream)
+    learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery)
     try:
         learner.run()
     finally:
@@ -116,6 +117,7 @@ class Learner:
         state: TrainState,
         stream: Stream,
         checkpoints: Checkpoints,
+        *,
         publish: Publish,
         recorder: "Recorder",
         stop: threading.Event,
@@ -276,7 +278,7 @@ class Recorder:
         self.metrics.perplexity.set(measures["perplexity"])
         mean = sum(self.losses) / len(self.losses) if self.losses else None
         self.losses.clear()
-        rounded = {k: round(v, 4) for k, v in measures.items()}
+        rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
         norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
         self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
         counters = self.stream.counters()

@@ -103,4 +103,5 @@ def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """() norm over all gradients, without a host sync."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.stack(list(norms)).norm()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return norm

@@ -28,4 +28,5 @@ def _fit(X_ND: Tensor, Y_NC: Tensor, T_MD: Tensor, lam: float) -> Tensor:
     centre = Y_NC.mean(0)
     gram = X_ND.T @ X_ND / len(X_ND) + lam * torch.eye(X_ND.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(gram, X_ND.T @ (Y_NC - centre) / len(X_ND))
-    return (T_MD @ weights + centre).argmax(1)
+    predicted: Tensor = (T_MD @ weights + centre).argmax(1)
+    return predicted

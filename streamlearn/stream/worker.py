@@ -1,8 +1,9 @@
 """What a worker process does: one batch spec -> its crops.  A pure function of config, spec and the bytes it points to."""
 
-import ctypes
 import os
+import select
 import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,6 @@ from streamlearn.stream import views
 from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import U64
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,17 @@ def start_worker(parent: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # the fork server is the worker's parent and ends itself when the learner's end of its pipe closes
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        os.kill(parent, 0)
+        learner = os.pidfd_open(parent)
     except ProcessLookupError:
         os._exit(1)  # the learner died while this worker was born
+    threading.Thread(target=_end_with, args=(learner,), daemon=True).start()
+
+
+def _end_with(learner: int) -> None:
+    """A pidfd becomes readable when its process has ended; the parent of this worker is the fork server, which may live on."""
+    select.select([learner], [], [])
+    os._exit(1)
 
 
 def make(config: StreamConfig, spec: BatchSpec) -> Made:

@@ -203,7 +203,7 @@ def test_a_deferred_candidate_is_stored_once_though_its_first_owner_died_after_d
 def test_two_owners_at_once_store_everything_once(tmp_path):
     """Zombies: both fetch, the catalog lets one of them have each unit."""
     site = Site()
-    site.fail_first = {i: 4 for i in (2, 5, 9)}
+    site.fail_first = dict.fromkeys((2, 5, 9), 4)
     with serving(site) as base:
         feed(Place(tmp_path).log, base, [f"{i}.jpg" for i in range(30)])
         places = [Place(tmp_path) for _ in range(2)]
@@ -291,7 +291,7 @@ def test_killed_with_a_real_kill_the_next_start_loses_and_doubles_nothing(tmp_pa
         " stop=threading.Event(), home=p.home)"
     )
     site = Site()
-    site.fail_first = {i: 3 for i in range(0, 120, 17)}
+    site.fail_first = dict.fromkeys(range(0, 120, 17), 3)
     with serving(site) as base:
         feed(Place(tmp_path).log, base, [f"{i}.jpg" for i in range(120)])
         for pause in (1.1, 1.3, 1.2, 1.5, 1.4, 1.25):

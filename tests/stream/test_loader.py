@@ -1,0 +1,151 @@
+"""Batches: the same bytes after a resume, with any number of workers, over damaged, lost and growing shards."""
+
+import os
+import signal
+from collections import Counter
+
+import psutil
+import pytest
+import torch
+
+from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.stream.audit import audit
+from tests.stream.world import CONFIG, World, take
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    for count, partition in ((6, 0), (5, 1), (9, 0), (4, 1)):
+        world.add(count, partition)
+    return world
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True)) and torch.equal(a.fresh, b.fresh)
+
+
+def test_batches_have_the_shapes_that_the_learner_asks_for(world):
+    batch = take(world.stream(), 1)[0]
+    assert [tuple(c.shape) for c in batch.crops] == [(2, 4, 3, 16, 16), (1, 4, 3, 8, 8)]
+    assert batch.crops[0].dtype == torch.float32 and batch.fresh.dtype == torch.bool
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5, 8])
+def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
+    whole = take(world.stream(), 12)
+    first = take(world.stream(cache=world.home / "c1"), cut)
+    world.add(7)  # the catalog grows meanwhile: recorded rounds are not planned anew
+    rest = take(world.stream(first[-1].state, cache=world.home / "c2"), 12 - cut)
+    assert all(equal(a, b) for a, b in zip(whole[cut:], rest, strict=True))
+    assert [b.state["place"] for b in whole[cut:]] == [b.state["place"] for b in rest]
+
+
+def test_worker_processes_make_the_same_batches_as_none(world):
+    plain = take(world.stream(), 8)
+    stream = world.stream(workers=2, cache=world.home / "c1")
+    try:
+        assert all(equal(a, b) for a, b in zip(plain, take(stream, 8), strict=True))
+    finally:
+        stream.close()
+
+
+def test_a_killed_worker_leaves_no_gap(world):
+    plain = take(world.stream(), 10)
+    stream, got = world.stream(workers=1, cache=world.home / "c1"), []
+    for batch in stream.batches():
+        got.append(batch)
+        if len(got) == 3:
+            for pid in list(stream._pool._processes):
+                os.kill(pid, signal.SIGKILL)
+        if len(got) == 10:
+            break
+    stream.close()
+    assert all(equal(a, b) for a, b in zip(plain, got, strict=True)) and stream.counters()["worker_deaths"] >= 1
+
+
+def test_the_workers_end_with_the_learner(world):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time; from pathlib import Path; from tests.stream.world import *\n"
+        "if __name__ == '__main__':\n"
+        "    w = World(Path(sys.argv[1])); s = w.stream(workers=2, cache=Path(sys.argv[1]) / 'c1')\n"
+        "    take(s, 1); print('ready', flush=True); time.sleep(60)\n"
+    )
+    script = world.home / "child.py"
+    script.write_text(code)
+    child = subprocess.Popen(
+        [sys.executable, str(script), str(world.home)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert child.stdout.readline() == b"ready\n"
+    family = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    assert family
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+
+
+def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
+    world = World(tmp_path)
+    world.add(8, spoilt={2, 5})
+    stream = world.stream(fresh_fraction=1.0)
+    batches = take(stream, 2)
+    assert sum(int(b.fresh.sum()) for b in batches) == 6 and stream.counters()["corrupt"] == 2
+    assert all(torch.isfinite(c).all() for b in batches for c in b.crops)
+    again = take(World(tmp_path).stream(fresh_fraction=1.0, cache=tmp_path / "c2"), 2)
+    assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["vanished", "flipped", "truncated"])
+def test_a_lost_shard_is_counted_and_its_slots_go_to_replay(world, damage):
+    path = world.store.root / world.add(6)
+    world.add(6)
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    if damage == "vanished":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:3000]))
+    stream = world.stream()
+    batches = take(stream, 100)
+    assert stream.counters()["lost"] >= 6
+    assert sum(int(b.fresh.sum()) for b in batches) == 6 + 5 + 9 + 4 + 6
+    assert batches[-1].state["cursor"]["candidates/0"] == world.ends[0]
+
+
+def test_a_damaged_local_copy_is_fetched_again(world):
+    whole = take(world.stream(), 3)
+    for copy in (world.home / "cache").glob("*.tar"):
+        copy.write_bytes(b"garbage")
+    assert all(equal(a, b) for a, b in zip(whole, take(world.stream(), 3), strict=True))
+
+
+def test_the_cache_stays_within_its_budget(world):
+    for _ in range(10):
+        world.add(6)
+    one = max(p.stat().st_size for p in (world.store.root / "shards").rglob("*.tar"))
+    stream = world.stream()
+    stream.cache.budget_bytes = 6 * one
+    take(stream, 40)
+    held = sum(p.stat().st_size for p in (world.home / "cache").glob("*.tar"))
+    assert held == stream.counters()["cache_bytes"] <= 6 * one
+
+
+def test_everything_learnt_is_accounted_for(world):
+    batches = take(world.stream(), 100)
+    learnt = audit(CONFIG, world.store, batches[-1].state)
+    assert learnt.batches == len(batches) and set(learnt.fresh.values()) == {1} and len(learnt.fresh) == 24
+    assert Counter(len(b.fresh) for b in batches) == {4: len(batches)}
+
+
+def test_the_sample_for_calibration_is_a_function_of_the_state(world):
+    batches = take(world.stream(), 9)
+    a, b = world.stream(cache=world.home / "c1"), world.stream(cache=world.home / "c2")
+    refs = a.sample(batches[-1].state, 6)
+    assert refs == b.sample(batches[-1].state, 6) and len(refs) == 6
+    assert torch.equal(a.eval_images(refs, 16), b.eval_images(refs, 16)) and a.eval_images(refs, 16).shape == (6, 3, 16, 16)
+    with pytest.raises((NotFound, Corrupt)):
+        a.image_bytes("nowhere.tar#0")

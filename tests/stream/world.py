@@ -1,0 +1,63 @@
+"""Real shards of real (drawn) images in a real catalog."""
+
+import threading
+
+from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
+from streamlearn.contract.config import CropConfig, StreamConfig
+from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.shards import ShardWriter, shard_key
+from streamlearn.stream.loader import Stream
+from tests.ingest.server import picture
+
+CONFIG = StreamConfig(
+    crops=(CropConfig(count=2, size=16, scale=(0.3, 1.0)), CropConfig(count=1, size=8, scale=(0.05, 0.3))),
+    round_samples=12,
+    reservoir=10,
+    workers=0,
+    prefetch=2,
+    max_replay_per_fresh=2.0,
+    poll_s=0.01,
+)
+
+
+class World:
+    def __init__(self, home):
+        self.home, self.ends, self.store = home, {}, FolderStore(home / "store")
+        home.mkdir(parents=True, exist_ok=True)
+        self.catalog = DeltaCatalog(str(home / "store" / "catalog"), log_id="log")
+
+    def add(self, count, partition=0, spoilt=()):
+        """One more shard of `count` images; those in `spoilt` are not images."""
+        first = self.ends.get(partition, 0)
+        path = self.home / "staged.tar"
+        writer = ShardWriter(path)
+        for offset in range(first, first + count):
+            body = b"\xff\xd8\xff garbage" if offset in spoilt else picture(1000 * partition + offset)
+            writer.add(offset, body, "jpg", {"n": offset})
+        sha256, size = writer.close()
+        key = shard_key("2026-11-21", "candidates", partition, first, first + count, sha256)
+        self.store.put_file(key, path)
+        self.ends[partition] = first + count
+        row = ShardRow(
+            key=key, sha256=sha256, bytes=size, num_samples=count, topic="candidates", partition=partition, first_offset=first,
+            end_offset=first + count, first_fetched_at="2026-11-21T00:00:00Z", last_fetched_at=f"2026-11-21T00:00:{first % 60:02d}Z", day="2026-11-21",
+        )  # fmt: skip
+        self.catalog.commit([row], [Advance("candidates", partition, first, first + count)])
+        return key
+
+    def stream(self, state=None, batch=4, cache=None, **more):
+        stop = threading.Event()
+        config = CONFIG.model_copy(update=more)
+        return Stream(config, self.catalog, self.store, cache or self.home / "cache", batch=batch, state=state, stop=stop)
+
+
+def take(stream, count):
+    """The next batches; stops early when there is nothing to learn."""
+    found = []
+    for batch in stream.batches():
+        if batch is None or len(found) == count:
+            break
+        found.append(batch)
+        if len(found) == count:
+            break
+    return found
