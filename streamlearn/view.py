@@ -94,9 +94,13 @@ def probe_line(view: Mapping[str, Any]) -> str:
 
 def panel(view: Mapping[str, Any], seconds: float) -> RenderableType:
     """The live view; fits 80 x 24."""
-    title = f"streamlearn · {view['home']} · up {_duration(seconds)}"
+    title = f"streamlearn · up {_duration(seconds)}"
     return Panel(
-        Group(_roles(view), Text(), _figures(view), Text(), _probes(view), _failures(view)), title=title, border_style="cyan", width=100
+        Group(_roles(view), Text(), _figures(view), Text(), _probes(view), _failures(view)),
+        title=title,
+        subtitle=str(view["home"])[-70:],
+        border_style="cyan",
+        width=100,
     )
 
 
