@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,8 @@ def _run(config: Config, folder: Path, seconds: float | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     names = [*(["demo"] if config.demo.enabled else []), "connect", "fetch", "train", "evaluate"]
+    # torch's OpenMP threads spin while they wait, which on a machine shared by all roles costs the others (and itself) most of their time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     specs = [RoleSpec(n, [sys.executable, "-m", "streamlearn", "role", n, "--home", str(folder)]) for n in names]
     shutil.rmtree(folder / "status", ignore_errors=True)  # of an earlier run
     console = Console()

@@ -71,7 +71,7 @@ class Stream:
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)
         self.names: dict[str, Shard] = {}
-        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0}
+        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0}
         self._queue: deque[_Outstanding] = deque()
         self._pool: ProcessPoolExecutor | None = None
 
@@ -91,6 +91,9 @@ class Stream:
             made = self._collect(item)
             self._queue.popleft()
             self.counts["corrupt"] += int((~made.sound).sum())
+            if not made.crops:
+                self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
+                continue
             fresh = torch.from_numpy(item.fresh & made.sound)
             yield Batch(made.crops, fresh, item.after.to_state(), time.perf_counter() - began)
 

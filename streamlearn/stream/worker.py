@@ -36,7 +36,7 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class Made:
-    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution
+    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution; none if no sample is sound
     sound: np.ndarray[Any, np.dtype[np.bool_]]  # (B,); False: could not be decoded, another sample stands in its place
 
 
@@ -62,7 +62,7 @@ def make(config: StreamConfig, spec: BatchSpec) -> Made:
     images = _decoded(spec)
     sound = np.array([image is not None for image in images])
     if not sound.any():
-        raise Corrupt(f"none of {len(images)} samples of a batch can be decoded, first of {spec.places[0].path}")
+        return Made((), sound)  # nothing to stand in: the loader passes the batch over, and counts it
     whole = [_stand_in(images, i) for i in range(len(images))]
     made, first = [], 0
     for crop in config.crops:

@@ -99,6 +99,16 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
     assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
+def test_a_whole_batch_of_garbage_does_not_stop_the_loop(tmp_path):
+    world = World(tmp_path)
+    world.add(4, spoilt={0, 1, 2, 3})
+    world.add(8)
+    stream = world.stream(fresh_fraction=1.0, round_samples=4)
+    batches = take(stream, 2)
+    assert len(batches) == 2 and stream.counters()["corrupt"] >= 4 and stream.counters()["passed_over"] >= 1
+    assert sum(int(b.fresh.sum()) for b in batches) == 8
+
+
 @pytest.mark.parametrize("damage", ["vanished", "flipped", "truncated"])
 def test_a_lost_shard_is_counted_and_its_slots_go_to_replay(world, damage):
     path = world.store.root / world.add(6)
