@@ -42,7 +42,7 @@ def ours(config: Config, crops: list[Tensor]) -> Callable[[], float]:
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         state.optimizer.step()
-        state.objective.after_step()
+        state.objective.after_step(state.step)
         state.ema.update(state.model, state.step)
         return float(loss.detach())
 

@@ -1,30 +1,31 @@
 """Sealing: the outcomes of contiguous offsets become one shard, exactly once.
 
-  0. seek     to catalog.position: the log's own committed offset is for dashboards only
+  0. seek     to catalog.position, having recovered what steps 5 to 6 of its last unit owe (Packer.recover)
   1. fetch    spool the images to local disk in offset order; every offset ends as exactly one of
               stored, duplicate, rejected(reason), deferred, dead                      (unchanged: refresh, not here)
   2. close    the tar (its digest names it) and the sidecar, one row for every offset
-  3. append   retry and dead-letter records to the log, all in one append, durable
-  4. put      tar and sidecar, content-addressed                                         object store
-  5. commit   the catalog: the shard's row, and the partition's position s -> e        <- THE COMMIT POINT
-  6. commit   the log's group offset
+  3. put      tar and sidecar, content-addressed                                         object store
+  4. commit   the catalog: the shard's row, and the partition's position s -> e        <- THE COMMIT POINT
+  5. append   what the sidecar decided: retries of the deferred, dead letters; all in one append, durable
+  6. commit   the log's group offset: it says that 5 is done (the position itself is the catalog's)
   7. append   a hint to `shards`
 
 Killed after   what is left                              who mends it
   1, 2         spool files                               the next start empties the spool; the offsets are fetched again
-  3            retry records of a unit that is not committed
-                                                         the record is the decision: whoever takes the offset next finds it (Lane.decided)
-                                                         and calls it deferred again, without fetching; a record appended twice by
-                                                         overlapping owners is a duplicate where it is read (Lane.seen)
-  4            objects that no row names                 swept by age; a repeated attempt with the same bytes overwrites them with themselves
-  5            nothing that matters: it is stored
+  3            objects that no row names                 swept by age
+  4            deferred offsets without their retries    whoever takes the partition next: the group offset is behind the position, so the
+                                                         sidecars between the two are read and what the log does not hold is appended
+  5            a group offset that is behind             the same; it finds every retry in the log, and appends nothing
   6, 7         nothing; a missing hint costs the learner one poll
 
-A zombie (an owner that was presumed dead) is fenced at 5: Fenced, drop the unit, read the position anew.  A lost reply at 5 is resolved by
-reading back (contract/catalog.py).  A full disk or store (StoreFull) at 4 or 5 is waited out with the unit in hand; in the spool it
-drops the unit, and the offsets are fetched again.  Dead letters are reports, at least once; the sidecar is the truth.
+Retries follow the commit, never precede it: two owners of one partition may see different answers to one URL, and only the one whose
+sidecar is committed has decided.  A zombie (an owner that was presumed dead) is fenced at 4: Fenced, drop the unit, read the position
+anew.  If it comes back between 4 and 5 its retries may stand in the log twice; the second is a duplicate where it is read (Lane.seen).
+A lost reply at 4 is resolved by reading back (contract/catalog.py).  A full disk or store (StoreFull) at 3 to 6 is waited out with the
+unit in hand; in the spool it drops the unit, and the offsets are fetched again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,6 +40,7 @@ from ingest.fetch.screen import Reason, Refused
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.catalog import Advance, Catalog, ShardRow
 from streamlearn.contract.config import ShardConfig
+from streamlearn.contract.errors import Corrupt, OffsetGap
 from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, retry_topic
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import (
@@ -49,6 +51,7 @@ from streamlearn.contract.shards import (
     STORED,
     Outcome,
     ShardWriter,
+    read_sidecar,
     shard_key,
     sidecar_key,
     write_sidecar,
@@ -64,8 +67,8 @@ class Taken:
 
     offset: int
     candidate: Candidate | None  # None: the record was no candidate
-    result: Fetched | Refused | Unanswered | None  # None: decided before (see `already`)
-    already: str = ""  # deferred | duplicate
+    result: Fetched | Refused | Unanswered | None
+    again: bool = False  # a retry that stands in the log twice
 
 
 @dataclass
@@ -78,9 +81,9 @@ class Unit:
     spool: Path
     opened_at: float  # monotonic, at its first record
     outcomes: list[Outcome] = field(default_factory=list)
-    after: list[NewRecord] = field(default_factory=list)  # retries and dead letters
-    appended: bool = False
+    after: list[NewRecord] = field(default_factory=list)  # retries and dead letters, for step 5
     closed: tuple[str, int] | None = None  # sha256, bytes
+    committed: bool = False  # step 4 is done
 
     def __post_init__(self) -> None:
         self.writer = ShardWriter(self.spool)
@@ -118,8 +121,8 @@ class Packer:
         if taken.offset != unit.end:
             raise AssertionError(f"{unit.topic}/{unit.partition}: offset {taken.offset} after {unit.end - 1}: a unit is contiguous")
         candidate, result = taken.candidate, taken.result
-        if taken.already:
-            outcome = _plain(taken, taken.already, "decided_before")
+        if taken.again:
+            outcome = _plain(taken, DUPLICATE, "same_retry")
         elif isinstance(result, Fetched) and candidate is not None:
             outcome = self._store(unit, taken.offset, candidate, result)
         elif isinstance(result, Unanswered) and candidate is not None:
@@ -127,24 +130,64 @@ class Packer:
         else:
             refused = result if isinstance(result, Refused) else Refused(Reason.BAD_RECORD, "not a candidate")
             outcome = _plain(taken, REJECTED, refused.reason, refused.http_status)
-            unit.after.append(self._dead_letter(unit, taken, refused.reason, refused.detail))
+            unit.after.append(_dead_letter(f"{unit.topic}/{unit.partition}/{taken.offset}", outcome.url, refused.reason, refused.detail))
         unit.outcomes.append(outcome)
         return outcome
 
     def seal(self, unit: Unit) -> ShardRow:
         """Steps 2 to 7.  Raises Fenced, StoreFull; after StoreFull the same unit may be sealed again."""
         row = self.close(unit)
-        if unit.after and not unit.appended:
+        if not unit.committed:
+            self.store.put_file(row.key, unit.spool)
+            self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
+            self.catalog.commit([row], [Advance(unit.topic, unit.partition, unit.start, unit.end)])
+            unit.committed = True
+        if unit.after:
             self.log.append(unit.after)
-            unit.appended = True
-        self.store.put_file(row.key, unit.spool)
-        self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
-        self.catalog.commit([row], [Advance(unit.topic, unit.partition, unit.start, unit.end)])
+            unit.after = []
         self.log.commit(GROUP, {(unit.topic, unit.partition): unit.end})
         self.log.append([NewRecord(SHARDS, row.key.encode(), json.dumps({"key": row.key, "samples": row.num_samples}).encode())])
         unit.spool.unlink(missing_ok=True)
         unit.spool.with_suffix(".parquet").unlink(missing_ok=True)
         return row
+
+    def recover(self, topic: str, partition: int) -> int:
+        """The position to go on from, once steps 5 and 6 of every unit below it are done.  Raises Retryable."""
+        position, done = self.catalog.position(topic, partition), self.log.committed(GROUP, topic, partition) or 0
+        if done >= position:
+            return position
+        for row in self.catalog.rows():
+            if (row.topic, row.partition) == (topic, partition) and done < row.end_offset <= position:
+                owed = self._owed(row)
+                if owed:
+                    self.log.append(owed)
+        self.log.commit(GROUP, {(topic, partition): position})
+        return position
+
+    def _owed(self, row: ShardRow) -> list[NewRecord]:
+        """Retries that a committed sidecar decided and the log does not hold; its dead letters."""
+        outcomes = read_sidecar(self.store.get(sidecar_key(row.key))).to_pylist()
+        held = {topic: self._held(topic) for topic in {o["reason"] for o in outcomes if o["outcome"] == DEFERRED}}
+        owed = []
+        for outcome in outcomes:
+            place = f"{row.topic}/{row.partition}/{outcome['offset']}"
+            if outcome["outcome"] == DEFERRED and (outcome["origin"] or place) not in held[outcome["reason"]]:
+                owed.append(self._retry(row.topic, row.partition, outcome["offset"], self._candidate(row, outcome), 0.0))
+            if outcome["outcome"] in (REJECTED, DEAD):  # a report: twice is better than never
+                owed.append(_dead_letter(place, outcome["url"], outcome["reason"], "told again after a crash"))
+        return owed
+
+    def _held(self, topic: str) -> set[str]:
+        """Origins of every retry in a topic."""
+        return set().union(*(origins(self.log, topic, p, self.log.bounds(topic, p)[1]) for p in range(self.log.partitions(topic))))
+
+    def _candidate(self, row: ShardRow, outcome: dict[str, Any]) -> Candidate:
+        """As the log has it; once the log has dropped it, as the sidecar knows it."""
+        with contextlib.suppress(OffsetGap):
+            (record,) = self.log.read(row.topic, row.partition, outcome["offset"], 1)
+            return Candidate.from_json(record.value)
+        known = {name: outcome[name] for name in ("url", "source", "source_ref", "license", "attempt", "origin")}
+        return Candidate(discovered_at=now(), **known)
 
     def close(self, unit: Unit) -> ShardRow:
         """Step 2.  May be repeated."""
@@ -204,23 +247,39 @@ class Packer:
     def _defer(self, unit: Unit, taken: Taken, candidate: Candidate, why: Unanswered) -> Outcome:
         """To the next retry topic, or dead after the last."""
         if candidate.attempt >= len(self.retry_delays_s):
-            unit.after.append(self._dead_letter(unit, taken, Reason.NO_ANSWER, why.detail))
+            unit.after.append(_dead_letter(f"{unit.topic}/{unit.partition}/{taken.offset}", candidate.url, Reason.NO_ANSWER, why.detail))
             return _plain(taken, DEAD, Reason.NO_ANSWER)
+        unit.after.append(self._retry(unit.topic, unit.partition, taken.offset, candidate, why.after_s))
+        return _plain(taken, DEFERRED, retry_topic(candidate.attempt))
+
+    def _retry(self, topic: str, partition: int, offset: int, candidate: Candidate, after_s: float) -> NewRecord:
         later = dataclasses.replace(
             candidate,
             attempt=candidate.attempt + 1,
-            not_before=self.clock() + max(self.retry_delays_s[candidate.attempt], why.after_s),
-            origin=origin_of(unit.topic, unit.partition, taken.offset, candidate),
+            not_before=self.clock() + max(self.retry_delays_s[candidate.attempt], after_s),
+            origin=origin_of(topic, partition, offset, candidate),
         )
-        topic = retry_topic(candidate.attempt)
-        unit.after.append(NewRecord(topic, politeness_key(candidate.url), later.to_json()))
-        return _plain(taken, DEFERRED, topic)
+        return NewRecord(retry_topic(candidate.attempt), politeness_key(candidate.url), later.to_json())
 
-    def _dead_letter(self, unit: Unit, taken: Taken, reason: str, detail: str) -> NewRecord:
-        url = taken.candidate.url if taken.candidate else ""
-        place = f"{unit.topic}/{unit.partition}/{taken.offset}"
-        body = {"origin": place, "url": url, "reason": str(reason), "detail": detail[:500], "at": now()}
-        return NewRecord(DEAD_LETTERS, place.encode(), json.dumps(body, ensure_ascii=False).encode())
+
+def origins(log: EventLog, topic: str, partition: int, end: int) -> set[str]:
+    """Origins of all retries in a partition below `end`."""
+    found, at = set(), log.bounds(topic, partition)[0]
+    while at < end:
+        records = log.read(topic, partition, at, 1000)
+        if not records:
+            break
+        for record in records:
+            with contextlib.suppress(Corrupt):
+                if record.offset < end:
+                    found.add(Candidate.from_json(record.value).origin)
+        at = records[-1].offset + 1
+    return found
+
+
+def _dead_letter(place: str, url: str, reason: str, detail: str) -> NewRecord:
+    body = {"origin": place, "url": url, "reason": str(reason), "detail": detail[:500], "at": now()}
+    return NewRecord(DEAD_LETTERS, place.encode(), json.dumps(body, ensure_ascii=False).encode())
 
 
 def origin_of(topic: str, partition: int, offset: int, candidate: Candidate) -> str:

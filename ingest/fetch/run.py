@@ -15,7 +15,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from ingest.fetch.client import Client, Fetched
-from ingest.pack import Packer, Taken, Unit, origin_of
+from ingest.pack import Packer, Taken, Unit, origins
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
@@ -23,7 +23,7 @@ from streamlearn.contract.errors import Corrupt, Fenced, Retryable
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
-from streamlearn.contract.shards import DEFERRED, DUPLICATE, REJECTED, Outcome
+from streamlearn.contract.shards import REJECTED, Outcome
 from streamlearn.contract.status import Heartbeat, now
 
 IDLE_S = 0.2  # between looks at a partition that has nothing new
@@ -147,17 +147,15 @@ class Lane:
 
     def __init__(self, fetcher: Fetcher, client: Client, topic: str, partition: int):
         self.fetcher, self.client, self.topic, self.partition = fetcher, client, topic, partition
-        self.position = fetcher.catalog.position(topic, partition)  # sealed up to here
-        self.next = self.position  # next offset to read
+        self.position = self.next = 0  # sealed up to here; next offset to read
         self.unit: Unit | None = None
         self.waiting: deque[tuple[Record, asyncio.Task[Taken]]] = deque()  # in offset order
-        self.decided: set[str] = set()  # origins that this topic's offsets have deferred before a crash
         self.seen: set[str] = set()  # origins met in this partition (retry topics)
         self.parked: Record | None = None  # a retry that is not due yet
         self.window = max(2, fetcher.config.fetch.concurrency)
 
     async def run(self) -> None:
-        self._recall()
+        await self._restart()
         while True:
             try:
                 await self._round()
@@ -204,13 +202,10 @@ class Lane:
     async def _fetch(self, offset: int, candidate: Candidate | None) -> Taken:
         if candidate is None:
             return Taken(offset, None, None)
-        origin = origin_of(self.topic, self.partition, offset, candidate)
-        if origin in self.decided:
-            return Taken(offset, candidate, None, already=DEFERRED)
         if candidate.origin:
-            if origin in self.seen:
-                return Taken(offset, candidate, None, already=DUPLICATE)
-            self.seen.add(origin)
+            if candidate.origin in self.seen:
+                return Taken(offset, candidate, None, again=True)
+            self.seen.add(candidate.origin)
         async with self.fetcher.room:
             began = time.perf_counter()
             result = await self.client.fetch(candidate)
@@ -255,37 +250,17 @@ class Lane:
             with contextlib.suppress(FileNotFoundError):
                 self.unit.drop()
             self.unit = None
-        self.position = self.next = self.fetcher.catalog.position(self.topic, self.partition)
-        self._recall()
-
-    def _recall(self) -> None:
-        """What the log already says of the offsets from the position on: see `Killed after 3` in ingest/pack.py."""
-        log, delays = self.fetcher.log, self.fetcher.config.fetch.retry_delays_s
-        own = range(len(delays))
-        level = -1 if self.topic == CANDIDATES else next(i for i in own if retry_topic(i) == self.topic)
-        self.decided = set()
-        if level + 1 < len(delays):
-            for p in range(self.fetcher.config.log.partitions):
-                self.decided |= _origins(log, retry_topic(level + 1), p, log.bounds(retry_topic(level + 1), p)[1])
-        self.seen = _origins(log, self.topic, self.partition, self.position) if level >= 0 else set()
+        while True:
+            try:
+                async with self.fetcher.sealing:
+                    self.position = self.next = await asyncio.to_thread(self.fetcher.packer.recover, self.topic, self.partition)
+                break
+            except Retryable as e:
+                await self._wait_out(e)
+        self.seen = origins(self.fetcher.log, self.topic, self.partition, self.position) if self.topic != CANDIDATES else set()
 
     def oldest_age(self) -> float:
         """Seconds since the oldest record was appended that the catalog does not cover; a parked retry is not late."""
         if self.waiting:
             return max(0.0, time.time() - self.waiting[0][0].timestamp_ms / 1000)
         return time.monotonic() - self.unit.opened_at if self.unit else 0.0
-
-
-def _origins(log: EventLog, topic: str, partition: int, end: int) -> set[str]:
-    """Origins of all retries in a partition below `end`."""
-    found, at = set(), log.bounds(topic, partition)[0]
-    while at < end:
-        records = log.read(topic, partition, at, 1000)
-        if not records:
-            break
-        for record in records:
-            with contextlib.suppress(Corrupt):
-                if record.offset < end:
-                    found.add(Candidate.from_json(record.value).origin)
-        at = records[-1].offset + 1
-    return found

@@ -69,7 +69,7 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
         halved = False
         if sound:
             state.optimizer.step()
-            state.objective.after_step()
+            state.objective.after_step(state.step)
             state.ema.update(state.model, state.step)
             prequential = float(loss_B[batch.fresh].mean())
             if batch.fresh.any():

@@ -131,12 +131,14 @@ def serving(site):
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     ready.wait(10)
-    yield base[0]
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    try:
+        yield base[0]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
 
 
 FETCH = FetchConfig(

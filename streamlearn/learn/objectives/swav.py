@@ -30,7 +30,7 @@ class SwAV(nn.Module):
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))  # rows of the queue that hold data
         self.register_buffer("entropy", torch.zeros(()))
         self._pending: tuple[Tensor, Tensor] | None = None
-        self.after_step()
+        self._to_sphere()
 
     def loss(self, z_VBD: Tensor, step: int, num_assign: int) -> tuple[Tensor, Tensor]:
         """((), (B,)) in nats: the mean, and each image's own without gradient.
@@ -49,9 +49,10 @@ class SwAV(nn.Module):
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """After a sound update: prototypes live on the unit sphere; the batch enters the memory."""
-        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+    def after_step(self, step: int) -> None:
+        """After a sound update: prototypes that moved go back to the unit sphere; the batch enters the memory."""
+        if step >= self.config.freeze_prototypes:  # frozen ones keep every bit: normalising again may round
+            self._to_sphere()
         if self._pending is not None:
             self._remember(*self._pending)
             self._pending = None
@@ -59,6 +60,10 @@ class SwAV(nn.Module):
     def measures(self) -> dict[str, float]:
         """Alarms for collapse, never scores: code entropy over ln K, perplexity of prototype use over K."""
         return {"code_entropy": float(self.entropy), "perplexity": float(perplexity(self.use_K))}
+
+    @torch.no_grad()
+    def _to_sphere(self) -> None:
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def _codes(self, scores_BK: Tensor, view: int, step: int) -> Tensor:
         B = len(scores_BK)
