@@ -30,7 +30,7 @@ def demo_config(home: Path) -> Config:
         shard=ShardConfig(max_samples=500, max_age_s=5.0),
         stream=StreamConfig(
             crops=(CropConfig(count=2, size=32, scale=(0.4, 1.0)),),
-            jitter=0.6,
+            jitter=0.4,
             blur=0.0,
             fresh_fraction=0.35,
             max_replay_per_fresh=8.0,
@@ -38,7 +38,7 @@ def demo_config(home: Path) -> Config:
             workers=1,
         ),
         model=ModelConfig(backbone="regnety-tiny", head=(512, 128)),
-        objective=ObjectiveConfig(prototypes=128, epsilon=0.015, freeze_prototypes=60),
+        objective=ObjectiveConfig(prototypes=64, epsilon=0.015, freeze_prototypes=60),
         train=TrainConfig(
             batch=128,
             optim=OptimConfig(kind="sgd", lr=0.3, warmup_steps=20, weight_decay=5e-4),
