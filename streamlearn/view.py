@@ -155,7 +155,7 @@ def _probes(view: Mapping[str, Any]) -> RenderableType:
         text.append(f" {values[-1]:.1%}", style="bold green")
         text.append(f"  best {max(values):.1%}  ridge {entries[-1]['ridge']:.1%}\n")
         text.append(
-            f"        untrained {entries[-1]['random_knn']:.1%}   raw pixels {entries[-1]['raw_knn']:.1%}   ({len(values)} snapshots)",
+            f"        untrained {entries[-1]['random_knn']:.1%}   raw pixels {entries[-1]['raw_knn']:.1%}   snapshots {len(values)}",
             style="dim",
         )
     return text

@@ -87,3 +87,23 @@ def test_nothing_is_swallowed(path):
 def test_neither_torchvision_nor_timm_is_needed():
     for path in SOURCES:
         assert not {n for n in imports(path) if inside(n, "torchvision") or inside(n, "timm")}, path
+
+
+def test_every_metric_that_is_declared_is_set_by_a_role():
+    """The other way round, a name that is not declared, is mypy's to find."""
+    tree = ast.parse((REPO / "streamlearn/contract/metrics.py").read_text())
+    declared = {
+        target.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute) and isinstance(node.value, ast.Call)
+    }
+    used = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
+                if owner in ("metrics", "m"):
+                    used.add(node.attr)
+    assert len(declared) > 30 and declared - used == set()

@@ -30,7 +30,7 @@ def demo_config(home: Path) -> Config:
         shard=ShardConfig(max_samples=500, max_age_s=5.0),
         stream=StreamConfig(
             crops=(CropConfig(count=2, size=32, scale=(0.4, 1.0)),),
-            jitter=0.4,
+            jitter=0.2,
             blur=0.0,
             fresh_fraction=0.35,
             max_replay_per_fresh=8.0,
@@ -45,7 +45,7 @@ def demo_config(home: Path) -> Config:
             plateau=PlateauConfig(block_steps=25),
             ema_decay=0.99,
             checkpoint_steps=100,
-            snapshot_steps=200,
+            snapshot_steps=150,
             bn_images=512,
             name="demo-swav",
         ),

@@ -3,7 +3,7 @@
 A concept is a shape, and nothing else is its own: an image is a swarm of one shape, each member with a colour, pose and size drawn anew, on a
 shading ground with clutter, under slanted light, with grain.  The pixels of two images of one concept have almost nothing in common (k-NN on
 raw pixels is near chance), but two crops of one image show the same shape in different members: that is what a self-supervised learner can
-find out.  What crops share besides (ground, light, exposure) is kept mild, else it is learnt first; LOG.md has the worlds that failed.
+find out.  What crops share besides (ground, light, exposure, palette) is kept mild, else it is learnt first; LOG.md has the worlds that failed.
 
 Image i is a pure function of (seed, i).  Every `quarter_images` a quarter ends: two new concepts appear, and the style (palette, texture,
 sizes) shifts.
@@ -162,9 +162,9 @@ def _places(rng: np.random.Generator) -> list[tuple[float, float]]:
 
 
 def _colour(rng: np.random.Generator, quarter: int) -> Plane:
-    """A muted colour of any lightness; later quarters lean to other parts of the palette."""
-    lean = np.array([[0.0, 0.0, 0.0], [0.05, 0.0, -0.05], [-0.05, 0.0, 0.05], [-0.03, 0.05, -0.03]], np.float32)[quarter % 4]
-    return np.asarray((rng.uniform(0.15, 0.85) + 0.08 * rng.standard_normal(3) + lean).astype(np.float32))
+    """A colour of any lightness; later quarters lean to other parts of the palette, by less than a colour varies within an image."""
+    lean = np.array([[0.0, 0.0, 0.0], [0.025, 0.0, -0.025], [-0.025, 0.0, 0.025], [-0.015, 0.025, -0.015]], np.float32)[quarter % 4]
+    return np.asarray((rng.uniform(0.15, 0.85) + 0.2 * rng.standard_normal(3) + lean).astype(np.float32))
 
 
 def _apart(paint: Plane, picture: Plane, at: tuple[float, float], reach: float) -> Plane:
@@ -190,10 +190,8 @@ def _waves(x: Plane, y: Plane, rng: np.random.Generator, low: float, high: float
 
 
 def _ground(x: Plane, y: Plane, rng: np.random.Generator, quarter: int) -> Plane:
-    """(S,S,3): a dark tone shading into a light one along crossed waves; finer in later quarters."""
-    tint = np.float32(0.06) * rng.standard_normal((2, 3)).astype(np.float32)
-    mix = _waves(x, y, rng, 2, 4 + quarter % 3)[..., None]
-    return np.asarray((0.3 + tint[0]) * (1 - mix) + (0.6 + tint[1]) * mix)
+    """(S,S,1): a dark grey shading into a light one along crossed waves; finer in later quarters."""
+    return 0.3 + 0.3 * _waves(x, y, rng, 2, 4 + quarter % 3)[..., None]
 
 
 def _scrap(x: Plane, y: Plane, rng: np.random.Generator) -> Plane:
@@ -215,8 +213,8 @@ def _lay(picture: Plane, inside: Plane, paint: Plane) -> Plane:
 def _photograph(picture: Plane, x: Plane, y: Plane, rng: np.random.Generator, size: int) -> bytes:
     """Light from one side, exposure, grain; then down to size, as JPEG."""
     angle = rng.uniform(0, 2 * np.pi)
-    light = 1 + np.float32(rng.uniform(0, 0.3)) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
-    picture = picture * light[..., None] * np.float32(rng.uniform(0.85, 1.15))
+    light = 1 + np.float32(rng.uniform(0, 0.2)) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
+    picture = picture * light[..., None] * np.float32(rng.uniform(0.9, 1.1))
     small = picture.reshape(size, OVER, size, OVER, 3).mean((1, 3))
     small = small + rng.standard_normal(small.shape, dtype=np.float32) * np.float32(0.02)
     pixels = np.ascontiguousarray((small.clip(0, 1) * 255).astype(np.uint8))

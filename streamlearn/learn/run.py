@@ -79,7 +79,7 @@ def run_train(
     checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
     state = resume(config, checkpoints, heartbeat)
     stream = open_stream(state.stream or None)
-    recorder = Recorder(config, metrics, heartbeat, stream)
+    recorder = Recorder(config, state, metrics, heartbeat, stream)
     learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery)
     try:
         learner.run()
@@ -236,9 +236,11 @@ class Learner:
 class Recorder:
     """Watches and tells: metrics, heartbeat, history."""
 
-    def __init__(self, config: Config, metrics: LearnerMetrics, heartbeat: Heartbeat, stream: Stream):
+    def __init__(self, config: Config, state: TrainState, metrics: LearnerMetrics, heartbeat: Heartbeat, stream: Stream):
         self.config, self.metrics, self.heart, self.stream = config, metrics, heartbeat, stream
         self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), -1
+        self.handed = time.monotonic()  # when the batch at hand was handed over
+        self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
         self.losses: list[float] = []
         self.rank = math.nan
         self.corrupt = self.failures = 0  # told to the metrics so far
@@ -246,11 +248,17 @@ class Recorder:
 
     def waited(self, seconds: float) -> None:
         self.wait_s += seconds
+        self.handed = time.monotonic()
         self.metrics.wait_seconds.inc(seconds)
 
     def look(self, state: TrainState, step: Step) -> None:
         if self.images_before < 0:
             self.images_before, self.began = state.images, time.monotonic()
+        self.metrics.step_seconds.observe(time.monotonic() - self.handed)
+        fresh, seen = state.fresh - self.fresh, state.images - self.images
+        self.images, self.fresh = state.images, state.fresh
+        self.metrics.images.labels("fresh").inc(fresh)
+        self.metrics.images.labels("replay").inc(seen - fresh)
         self.metrics.steps.inc()
         self.metrics.step.set(state.step)
         self.metrics.loss.set(step.loss)

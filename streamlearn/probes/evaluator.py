@@ -142,13 +142,17 @@ class Evaluator:
         ours, cfg = settings["streamlearn"], settings["pretrained_cfg"]
         key = (bank.digest, ours["backbone"], ours["stem"])
         if key not in self.baselines:
-            self.heart.beat(state=f"measuring baselines of {bank.name}", force=True)
-            raw = [self._both(bank, raw_pixels(bank.train, s), raw_pixels(bank.test, s)) for s in RAW_SIDES if s <= cfg["input_size"][-1]]
             mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-            some = normalised(bank.train.images_NSSC[:: max(1, len(bank.train.labels_N) // 1024)], mean, std)
-            nets = [untrained(ours["backbone"], ours["stem"], some, seed) for seed in SEEDS]
             batch = self.config.probe.batch
-            random = [self._both(bank, features(n, bank.train, mean, std, batch), features(n, bank.test, mean, std, batch)) for n in nets]
+            raw, random = [], []
+            for side in (s for s in RAW_SIDES if s <= cfg["input_size"][-1]):
+                self.heart.beat(state="measuring raw pixels", force=True)
+                raw.append(self._both(bank, raw_pixels(bank.train, side), raw_pixels(bank.test, side)))
+            some = normalised(bank.train.images_NSSC[:: max(1, len(bank.train.labels_N) // 1024)], mean, std)
+            for seed in SEEDS:
+                self.heart.beat(state="measuring untrained", force=True)
+                net = untrained(ours["backbone"], ours["stem"], some, seed)
+                random.append(self._both(bank, features(net, bank.train, mean, std, batch), features(net, bank.test, mean, std, batch)))
             self.baselines[key] = {
                 "raw_knn": max(k for k, _ in raw),
                 "raw_ridge": max(r for _, r in raw),

@@ -24,7 +24,8 @@ from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, 
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import STORED, index_shard, read_sidecar, sidecar_key
-from streamlearn.contract.status import Heartbeat
+from streamlearn.contract.status import Heartbeat, read_status
+from tests.contract.test_durable import tiny_disk  # noqa: F401
 from tests.ingest.server import Place, Site, picture, serving
 
 PARTITIONS = 2
@@ -330,6 +331,30 @@ def test_a_full_store_is_waited_out_and_nothing_is_lost(tmp_path):
         fetch_until(place, settled(12))
     assert place.store.refused > 2
     check(place, [f"{i}.jpg" for i in range(12)], 12)
+
+
+def test_a_full_spool_is_waited_out_and_nothing_is_lost(tmp_path, tiny_disk):  # noqa: F811
+    """A real disk without room: the open unit is dropped, its offsets are fetched again once there is some."""
+    ballast = tiny_disk / "ballast"
+    with serving(Site()) as base:
+        place = Place(tmp_path)
+        feed(place.log, base, [f"{i}.jpg" for i in range(40)])
+        with pytest.raises(OSError, match="space"):
+            ballast.write_bytes(bytes(2**20))  # the disk is full to the last byte
+        heart, metrics, stop = Heartbeat(tmp_path, "fetch"), FetchMetrics(CollectorRegistry()), threading.Event()
+        args = (place.config, place.log, place.store, place.catalog, metrics, heart)
+        role = threading.Thread(target=run_fetch, args=args, kwargs={"stop": stop, "home": tiny_disk})
+        role.start()
+        try:
+            wait(tmp_path, lambda home: "no space left" in read_status(home).get("fetch", {}).get("full", ""))
+            assert read_status(tmp_path)["fetch"]["state"] == "full" and Place(tmp_path).catalog.rows() == []
+            ballast.unlink()
+            wait(Place(tmp_path), settled(40))
+        finally:
+            stop.set()
+            role.join(20)
+    check(Place(tmp_path), [f"{i}.jpg" for i in range(40)], 40)
+    assert metrics.full._value.get() >= 1
 
 
 def test_killed_with_a_real_kill_the_next_start_loses_and_doubles_nothing(tmp_path):
