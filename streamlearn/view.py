@@ -165,7 +165,7 @@ def _failures(view: Mapping[str, Any]) -> RenderableType:
     outcomes = {k: v for k, v in (view["ingest"].get("outcomes") or {}).items() if k != "stored"}
     text = Text("\n")
     if outcomes:
-        text.append("refused ", style="bold")
+        text.append("refused in this run  ", style="bold")
         text.append(
             "  ".join(f"{name.removeprefix('rejected:')} {count}" for name, count in sorted(outcomes.items(), key=lambda i: -i[1])),
             style="dim",

@@ -66,7 +66,8 @@ class Fetcher:
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
         self.room = asyncio.Semaphore(config.fetch.concurrency)
         self.outcomes: Counter[str] = Counter()
-        self.shards = self.images = 0
+        self.shards = self.images = 0  # sealed by this process
+        self.before = (0, 0)  # shards and images that were there when it started
         self.last_shard_at, self.full = "", ""
         self.recent: deque[tuple[float, int]] = deque(maxlen=64)  # (when, images so far)
         self.lanes: list[Lane] = []
@@ -78,6 +79,8 @@ class Fetcher:
         for topic in [*topics, DEAD_LETTERS, SHARDS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
         folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
+        rows = self.catalog.rows()
+        self.before = (len(rows), sum(row.num_samples for row in rows))
         async with Client(self.config.fetch, folders) as client:
             self.lanes = [Lane(self, client, topic, p) for topic in topics for p in range(self.config.log.partitions)]
             tasks = [asyncio.create_task(lane.run()) for lane in self.lanes]
@@ -124,11 +127,11 @@ class Fetcher:
         self.metrics.spool.set(spooled)
         self.heart.beat(
             state="full" if self.full else "fetching",
-            stored=self.images,
+            stored=self.before[1] + self.images,
             outcomes=dict(self.outcomes),
             images_per_s=self.rate(),
             lag=lag,
-            shards=self.shards,
+            shards=self.before[0] + self.shards,
             spool_bytes=spooled,
             last_shard_at=self.last_shard_at,
             full=self.full,

@@ -1,6 +1,5 @@
 """`streamlearn up`: the whole loop on this machine."""
 
-import json
 import logging
 import os
 import shutil
@@ -255,10 +254,11 @@ class Reporter:
 def _summary(folder: Path, restarts: dict[str, int], config: Config) -> None:
     found = view.overview(folder, restarts)
     train, ingest = found["train"], found["ingest"]
-    click.echo(
-        f"stopped at step {train.get('step', 0)}: {train.get('images', 0)} images learnt, {ingest.get('stored', 0)} stored in this run"
-    )
+    click.echo(f"stopped at step {train.get('step', 0)}: {train.get('images', 0)} images learnt, {ingest.get('stored', 0)} stored")
     click.echo(f"probes: {view.probe_line(found)}")
     if config.supervise.report_s:
         click.echo(f"report: {folder / 'report.html'}")
-    click.echo(f"go on with the same command; state is in {folder} ({json.dumps(restarts)} restarts)")
+    for role, times in restarts.items():
+        if times:
+            click.echo(f"restarted: {role}, {times} times; see {folder / 'logs' / role}.log")
+    click.echo(f"go on with the same command; state is in {folder}")

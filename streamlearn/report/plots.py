@@ -105,7 +105,7 @@ def intake(fetch: Lines, since: float) -> str:
         return svg(figure)
 
 
-def smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], keep: float = 0.7) -> list[float]:
     """Exponential average, without the lag of its start."""
     total = weight = 0.0
     found = []
