@@ -2,6 +2,7 @@
 
 A role is a subprocess in its own session, its output in logs/<role>.log.  One that dies is started again after a back-off that doubles; one
 that dies `crash_loop` times within `crash_window_s`, or that refuses its configuration (exit code 2), ends the whole run with its last lines.
+One that ends because its work is done (`train.max_steps`) is left alone.
 SIGTERM or Ctrl-C reaches every role; whoever is still there after `grace_s` is killed, and that is said.  If the supervisor itself
 is killed, the kernel ends the roles (PR_SET_PDEATHSIG).
 """
@@ -50,6 +51,7 @@ class Role:
     deaths: deque[float] = field(default_factory=deque)  # monotonic times within the window
     restarts: int = 0
     due: float = 0.0  # monotonic time of the next start
+    done: bool = False  # it said that its work is finished
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +77,11 @@ def supervise(
     logs: Path,
     stop: threading.Event,
     tick: Callable[[dict[str, int]], None],
+    finished: Callable[[str], bool] = lambda _: False,
 ) -> dict[str, int]:
     """Run the roles until `stop`; restarts by role.  `tick` is called about every `refresh_s` with the restarts so far.
+
+    `finished` is asked about a role that ended with exit code 0 unbidden: whether its work is done, or it is to be started again.
 
     Raises GivenUp when a role cannot be kept running; everything has been stopped by then.
     """
@@ -87,7 +92,8 @@ def supervise(
             role.start()
         while not stop.is_set():
             for role in roles:
-                _look_after(role, config)
+                if not role.done:
+                    _look_after(role, config, finished)
             if time.monotonic() - drawn >= config.refresh_s:
                 tick({role.spec.name: role.restarts for role in roles})
                 drawn = time.monotonic()
@@ -97,7 +103,7 @@ def supervise(
     return {role.spec.name: role.restarts for role in roles}
 
 
-def _look_after(role: Role, config: SuperviseConfig) -> None:
+def _look_after(role: Role, config: SuperviseConfig, finished: Callable[[str], bool]) -> None:
     now = time.monotonic()
     if role.process is None:
         if now >= role.due:
@@ -108,6 +114,10 @@ def _look_after(role: Role, config: SuperviseConfig) -> None:
     if code is None:
         return
     role.process = None
+    role.done = code == 0 and finished(role.spec.name)
+    if role.done:
+        logger.info("role %s has finished its work", role.spec.name)
+        return
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if code == REFUSED:
         raise GivenUp(f"role {role.spec.name} refuses to start ({how}); it said:\n{role.tail()}")

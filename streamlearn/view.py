@@ -107,10 +107,11 @@ def panel(view: Mapping[str, Any], seconds: float) -> RenderableType:
 def _roles(view: Mapping[str, Any]) -> RenderableType:
     text = Text("roles   ", style="bold")
     for name, role in view["roles"].items():
-        good = role["alive"] and role["age_s"] < OLD_S
+        finished = role["state"] == "finished"
+        good = finished or (role["alive"] and role["age_s"] < OLD_S)
         text.append("● " if good else "○ ", style="green" if good else "red")
         text.append(f"{name} ")
-        text.append(str(role["state"])[:24] if role["alive"] else "not running", style="dim")
+        text.append(str(role["state"])[:24] if role["alive"] or finished else "not running", style="dim")
         if view["restarts"].get(name):
             text.append(f" ↻{view['restarts'][name]}", style="yellow")
         text.append("   ")

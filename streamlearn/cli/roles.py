@@ -81,7 +81,7 @@ def _run(name: str, folder: Path, stop: threading.Event) -> None:
     {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
         config, Home(folder), registry, heartbeat, stop
     )
-    heartbeat.beat(state="stopped", force=True)
+    heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
 
 
 def _serve_metrics(config: Config, name: str, registry: CollectorRegistry) -> int:

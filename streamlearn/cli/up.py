@@ -20,6 +20,7 @@ from streamlearn import view
 from streamlearn.contract import durable
 from streamlearn.contract.config import BankConfig, Config, ConnectorConfig, from_json, load
 from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.status import read_status
 from streamlearn.supervise import RoleSpec, exclusive, supervise
 
 PLAIN_S = 10.0  # between lines when the output is not a terminal
@@ -182,9 +183,14 @@ def _run(config: Config, folder: Path, seconds: float | None) -> None:
             stop.set()
 
     with show:
-        restarts = supervise(specs, config.supervise, folder / "logs", stop, tick)
+        restarts = supervise(specs, config.supervise, folder / "logs", stop, tick, finished=lambda name: _finished(folder, name))
     reporter.last()
     _summary(folder, restarts, config)
+
+
+def _finished(folder: Path, role: str) -> bool:
+    """A role says so itself, in its last heartbeat."""
+    return read_status(folder).get(role, {}).get("state") == "finished"
 
 
 class PlainView:

@@ -33,9 +33,9 @@ class Shelf:
         return f"0.{export.step}.0", digest
 
 
-def learn(home, end, shelf, config=None, stop=None):
+def learn(home, end, shelf, config=None, stop=None, registry=None):
     config = config or small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=end)
-    metrics, heart = LearnerMetrics(CollectorRegistry()), Heartbeat(home, "train", period_s=0)
+    metrics, heart = LearnerMetrics(registry or CollectorRegistry()), Heartbeat(home, "train", period_s=0)
     stop = stop or threading.Event()
     gallery = home / "history" / "gallery.json"
     return run_train(
@@ -80,6 +80,17 @@ def test_it_tells_what_it_does(tmp_path):
     lines = list(read_lines(tmp_path / "history" / "train.jsonl"))
     assert [line["step"] for line in lines if "lr" in line and "event" not in line] == [10]
     assert [line["step"] for line in lines if line.get("event") == "snapshot"] == [4, 8]
+
+
+def test_its_counters_count_what_this_process_learnt(tmp_path):
+    first = learn(tmp_path, 4, Shelf())
+    registry = CollectorRegistry()
+    state = learn(tmp_path, 10, Shelf(), registry=registry)
+    images = {kind: registry.get_sample_value("learner_images_total", {"kind": kind}) for kind in ("fresh", "replay")}
+    assert images["fresh"] == state.fresh - first.fresh > 0
+    assert sum(images.values()) == state.images - first.images > images["fresh"]
+    assert registry.get_sample_value("learner_steps_total") == registry.get_sample_value("learner_step_seconds_count") == 6
+    assert registry.get_sample_value("learner_step_number") == 10
 
 
 def test_told_to_stop_it_checkpoints_and_ends(tmp_path):

@@ -27,13 +27,13 @@ STEADY = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (pr
 class Run:
     """supervise() in a thread."""
 
-    def __init__(self, specs, logs, config=FAST):
+    def __init__(self, specs, logs, config=FAST, **more):
         self.stop, self.error, self.result, self.ticks = threading.Event(), None, None, []
         self.logs = logs
 
         def work():
             try:
-                self.result = supervise(specs, config, logs, self.stop, self.ticks.append)
+                self.result = supervise(specs, config, logs, self.stop, self.ticks.append, **more)
             except BaseException as e:
                 self.error = e
 
@@ -63,6 +63,15 @@ def test_a_killed_role_is_started_again_and_the_others_go_on(tmp_path):
     run.wait(lambda: run.text("a").count("up") == 2)
     run.end()
     assert run.result == {"a": 1, "b": 0} and run.text("a").endswith("bye\n") and run.text("b").count("up") == 1
+
+
+def test_a_role_that_has_finished_its_work_is_left_alone_and_one_that_was_told_to_end_is_not(tmp_path):
+    both = [role("a", "print('x', flush=True)"), role("b", "print('x', flush=True)"), role("c", STEADY)]
+    run = Run(both, tmp_path, FAST.model_copy(update={"crash_loop": 1000}), finished=lambda name: name == "a")
+    run.wait(lambda: run.text("b").count("x") >= 3)
+    run.end()
+    assert run.error is None and run.text("a").count("x") == 1
+    assert run.result["a"] == run.result["c"] == 0 and run.result["b"] >= 2
 
 
 def test_a_crash_loop_is_given_up_loudly_and_everything_is_stopped(tmp_path):
