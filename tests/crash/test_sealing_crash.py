@@ -97,7 +97,7 @@ def feed(log, base, paths):
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json(), i % PARTITIONS)])
 
 
-def fetch_until(place, done, limit_s=40.0):
+def fetch_until(place, done, limit_s=150.0):
     """Run the role until `done(place)`; whatever kills it is raised."""
     stop, failed = threading.Event(), []
 
@@ -116,7 +116,7 @@ def fetch_until(place, done, limit_s=40.0):
     while thread.is_alive() and not done(watcher) and time.monotonic() < deadline:
         time.sleep(0.05)
     stop.set()
-    thread.join(20)
+    thread.join(60)
     if failed:
         raise failed[0]
     assert done(watcher), "the role did not finish in time"
@@ -184,7 +184,7 @@ def test_killed_at_any_step_of_sealing_every_image_is_stored_exactly_once(tmp_pa
         place = place_with(tmp_path, Dying(step, when, nth=2))
         feed(place.log, base, PATHS)
         with pytest.raises(Killed):
-            fetch_until(place, lambda _: False, limit_s=30)
+            fetch_until(place, lambda _: False, limit_s=150)
         fresh = Place(tmp_path)
         fetch_until(fresh, settled(len(PATHS)))
     check(fresh, [f"{i}.jpg" for i in range(20)], len(PATHS))
@@ -199,7 +199,7 @@ def test_a_deferred_candidate_is_stored_once_though_its_owner_died_around_the_ap
         place = place_with(tmp_path, Dying("retries", when))
         feed(place.log, base, ["1.jpg", "2.jpg"])
         with pytest.raises(Killed):
-            fetch_until(place, lambda _: False, limit_s=30)
+            fetch_until(place, lambda _: False, limit_s=150)
         site.down = False
         fresh = Place(tmp_path)
         fetch_until(fresh, settled(2))
@@ -282,7 +282,7 @@ def test_two_owners_at_once_store_everything_once(tmp_path):
     check(Place(tmp_path), [f"{i}.jpg" for i in range(30)], 30)
 
 
-def wait(place, done, limit_s=40):
+def wait(place, done, limit_s=150):
     deadline = time.monotonic() + limit_s
     while not done(place) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -352,7 +352,7 @@ def test_a_full_spool_is_waited_out_and_nothing_is_lost(tmp_path, tiny_disk):  #
             wait(Place(tmp_path), settled(40))
         finally:
             stop.set()
-            role.join(20)
+            role.join(60)
     check(Place(tmp_path), [f"{i}.jpg" for i in range(40)], 40)
     assert metrics.full._value.get() >= 1
 

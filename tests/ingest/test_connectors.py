@@ -175,7 +175,7 @@ def test_a_killed_folder_connector_misses_nothing(log, tmp_path, monkeypatch, wh
 
 def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     (tmp_path / "u.txt").write_text("http://x/1.jpg\n")
-    log, stop = SqliteLog(tmp_path / "log.sqlite"), threading.Event()
+    log, stop = make_log(tmp_path), threading.Event()
     config = Config(connectors=(ConnectorConfig(name="c", kind="urls", path=str(tmp_path / "u.txt"), poll_s=0.05),))
     thread = threading.Thread(
         target=run_connect, args=(config, log, ConnectMetrics(CollectorRegistry()), Heartbeat(tmp_path, "connect"), stop)
@@ -184,10 +184,10 @@ def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     try:
         with (tmp_path / "u.txt").open("a") as f:
             f.write("http://x/2.jpg\n")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(urls(log)) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(60)
     assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"] and base.load(log.latest(SOURCE_STATE, b"c")) == {"byte": 30}

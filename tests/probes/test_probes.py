@@ -185,11 +185,11 @@ def test_a_damaged_snapshot_is_named_and_the_others_are_measured(tmp_path):
     args = (config, registry, EvaluatorMetrics(CollectorRegistry()), Heartbeat(tmp_path, "evaluate", period_s=0), stop)
     thread = threading.Thread(target=run_evaluate, args=args)
     thread.start()
-    for _ in range(400):
+    for _ in range(1200):
         if results(registry, good) and read_status(tmp_path).get("evaluate", {}).get("failed"):
             break
         threading.Event().wait(0.1)
     stop.set()
-    thread.join(20)
+    thread.join(60)
     assert len(results(registry, good)) == 1 and results(registry, bad) == []
     assert "damaged" in read_status(tmp_path)["evaluate"]["failed"][bad]
