@@ -53,7 +53,7 @@ def test_the_server_serves_breaks_and_keeps_its_port(tmp_path):
     def run():
         stop = threading.Event()
         args = (config, tmp_path, DemoMetrics(CollectorRegistry()), Heartbeat(tmp_path, "demo"), stop)
-        thread = threading.Thread(target=run_demo, args=args)
+        thread = threading.Thread(target=run_demo, args=args, daemon=True)
         thread.start()
         return stop, thread
 

@@ -178,7 +178,9 @@ def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     log, stop = make_log(tmp_path), threading.Event()
     config = Config(connectors=(ConnectorConfig(name="c", kind="urls", path=str(tmp_path / "u.txt"), poll_s=0.05),))
     thread = threading.Thread(
-        target=run_connect, args=(config, log, ConnectMetrics(CollectorRegistry()), Heartbeat(tmp_path, "connect"), stop)
+        target=run_connect,
+        args=(config, log, ConnectMetrics(CollectorRegistry()), Heartbeat(tmp_path, "connect"), stop),
+        daemon=True,
     )
     thread.start()
     try:

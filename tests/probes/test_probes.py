@@ -183,7 +183,7 @@ def test_a_damaged_snapshot_is_named_and_the_others_are_measured(tmp_path):
     _, config = evaluator(tmp_path)
     stop = threading.Event()
     args = (config, registry, EvaluatorMetrics(CollectorRegistry()), Heartbeat(tmp_path, "evaluate", period_s=0), stop)
-    thread = threading.Thread(target=run_evaluate, args=args)
+    thread = threading.Thread(target=run_evaluate, args=args, daemon=True)
     thread.start()
     for _ in range(1200):
         if results(registry, good) and read_status(tmp_path).get("evaluate", {}).get("failed"):

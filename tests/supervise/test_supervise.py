@@ -37,7 +37,7 @@ class Run:
             except BaseException as e:
                 self.error = e
 
-        self.thread = threading.Thread(target=work)
+        self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
 
     def text(self, name):

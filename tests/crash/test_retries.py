@@ -1,0 +1,99 @@
+"""Who decides that a candidate is tried again, and that it is tried once: the packer's seams one by one."""
+
+import pytest
+
+from ingest.fetch.client import Fetched, Unanswered
+from ingest.fetch.screen import screen
+from ingest.pack import GROUP, Packer, Taken, Unit
+from streamlearn.contract.candidate import Candidate
+from streamlearn.contract.errors import Fenced, StoreFull
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, retry_topic
+from streamlearn.contract.shards import DUPLICATE, STORED
+from tests.crash.sealing import PARTITIONS, Dying, DyingLog, Killed, feed, fetch_until, rows_of
+from tests.ingest.server import Place, Site, picture, serving
+
+
+def test_only_the_owner_that_commits_decides(tmp_path):
+    """One owner saw no answer, the other an image: the loser's retry would store it a second time."""
+    place = Place(tmp_path)
+    place.log.ensure_topic(CANDIDATES, 1)
+    place.log.ensure_topic(DEAD_LETTERS, 1)
+    place.log.ensure_topic("shards", 1)
+    place.log.ensure_topic(retry_topic(0), 1)
+    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="0", discovered_at="2026-11-21T00:00:00Z")
+    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    body = picture(1)
+    seen = screen(body, max_pixels=10**6, min_side=8)
+    got = Fetched(body, seen, candidate.url, "2026-11-21T00:00:00Z", 200)
+    units = []
+    packer = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,))
+    for number, result in enumerate((Unanswered("timed out"), got)):
+        unit = Unit(CANDIDATES, 0, 0, tmp_path / f"{number}.tar", 0.0)
+        packer.add(unit, Taken(0, candidate, result))
+        units.append(unit)
+    packer.seal(units[1])
+    with pytest.raises(Fenced):
+        packer.seal(units[0])
+    assert place.log.bounds(retry_topic(0), 0) == (0, 0)
+    assert packer.recover(CANDIDATES, 0) == 1 and place.log.bounds(retry_topic(0), 0) == (0, 0)
+
+
+def test_what_the_log_has_dropped_is_retried_from_the_sidecar(tmp_path):
+    place = Place(tmp_path)
+    for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
+        place.log.ensure_topic(topic, 1)
+    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z")
+    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    dying = Dying("retries", "before")
+    place.log.__class__, place.log.dying = DyingLog, dying
+    packer = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,))
+    unit = Unit(CANDIDATES, 0, 0, tmp_path / "0.tar", 0.0)
+    packer.add(unit, Taken(0, candidate, Unanswered("timed out")))
+    with pytest.raises(Killed):
+        packer.seal(unit)
+    place.log.trim(CANDIDATES, 0, 1)
+    for _ in range(2):
+        assert packer.recover(CANDIDATES, 0) == 1
+        (record,) = place.log.read(retry_topic(0), 0, 0, 10)
+        later = Candidate.from_json(record.value)
+        assert (later.url, later.source_ref, later.attempt, later.origin) == (candidate.url, "7", 1, "candidates/0/0")
+        place.log.commit(GROUP, {(CANDIDATES, 0): 0})  # a zombie sets it back: nothing is owed all the same
+
+
+def test_a_retry_that_stands_in_the_log_twice_is_stored_once(tmp_path):
+    """What a zombie that woke up between steps 4 and 5 leaves; one of the two may even lie below the position."""
+    with serving(Site()) as base:
+        place = Place(tmp_path)
+        feed(place.log, base, [])
+        place.log.ensure_topic(retry_topic(0), PARTITIONS)
+        again = Candidate(
+            url=f"{base}/1.jpg", source="t", source_ref="1", discovered_at="2026-11-21T00:00:00Z", attempt=1, origin="candidates/0/0"
+        )
+        for _ in range(2):  # each pair in a run of its own: within one unit, and beyond a restart
+            place.log.append([NewRecord(retry_topic(0), b"", again.to_json(), 0)] * 2)
+            end = place.log.bounds(retry_topic(0), 0)[1]
+            fetch_until(Place(tmp_path), lambda p, end=end: p.catalog.position(retry_topic(0), 0) == end)
+    assert [(o["outcome"], o["reason"]) for _, _, o in rows_of(place)] == [(STORED, "")] + [(DUPLICATE, "same_retry")] * 3
+
+
+def test_a_full_log_after_the_commit_is_tried_again_without_telling_twice(tmp_path):
+    place = Place(tmp_path)
+    for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
+        place.log.ensure_topic(topic, 1)
+    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z")
+    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    packer = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,))
+    unit = Unit(CANDIDATES, 0, 0, tmp_path / "0.tar", 0.0)
+    packer.add(unit, Taken(0, candidate, Unanswered("timed out")))
+    place.log._db.execute(f"PRAGMA max_page_count={place.log._db.execute('PRAGMA page_count').fetchone()[0]}")
+    ballast = 0
+    with pytest.raises(StoreFull):  # the log's own file is full to the last page: nothing more can be appended
+        while ballast < 10_000:
+            ballast += len(place.log.append([NewRecord("shards", b"", bytes(100))]))
+    for _ in range(2):
+        with pytest.raises(StoreFull):
+            packer.seal(unit)
+    assert packer.catalog.position(CANDIDATES, 0) == 1
+    place.log._db.execute("PRAGMA max_page_count=100000")
+    packer.seal(unit)
+    assert place.log.bounds(retry_topic(0), 0)[1] == 1 and place.log.bounds("shards", 0)[1] == ballast + 1
