@@ -17,7 +17,6 @@ from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import STORED, index_shard, read_sidecar, sidecar_key
 from streamlearn.contract.status import Heartbeat
-from tests.contract.test_durable import tiny_disk  # noqa: F401
 from tests.ingest.server import Place, picture
 
 PARTITIONS = 2

@@ -7,7 +7,7 @@ from ingest.fetch.screen import screen
 from ingest.pack import GROUP, Packer, Taken, Unit
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.errors import Fenced, StoreFull
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, SqliteLog, retry_topic
 from streamlearn.contract.shards import DUPLICATE, STORED
 from tests.crash.sealing import PARTITIONS, Dying, DyingLog, Killed, feed, fetch_until, rows_of
 from tests.ingest.server import Place, Site, picture, serving
@@ -76,6 +76,11 @@ def test_a_retry_that_stands_in_the_log_twice_is_stored_once(tmp_path):
     assert [(o["outcome"], o["reason"]) for _, _, o in rows_of(place)] == [(STORED, "")] + [(DUPLICATE, "same_retry")] * 3
 
 
+class FullAtCommit(SqliteLog):
+    def commit(self, group, offsets):
+        raise StoreFull("no space left", after_s=0.01)
+
+
 def test_a_full_log_after_the_commit_is_tried_again_without_telling_twice(tmp_path):
     place = Place(tmp_path)
     for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
@@ -95,5 +100,9 @@ def test_a_full_log_after_the_commit_is_tried_again_without_telling_twice(tmp_pa
             packer.seal(unit)
     assert packer.catalog.position(CANDIDATES, 0) == 1
     place.log._db.execute("PRAGMA max_page_count=100000")
+    place.log.__class__ = FullAtCommit  # the append fits, the group offset does not
+    with pytest.raises(StoreFull):
+        packer.seal(unit)
+    place.log.__class__ = SqliteLog
     packer.seal(unit)
     assert place.log.bounds(retry_topic(0), 0)[1] == 1 and place.log.bounds("shards", 0)[1] == ballast + 1
