@@ -41,10 +41,48 @@ class ConnectorConfig(Section):
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the source
 
 
-class LogConfig(Section):
-    """The embedded event log."""
+class KafkaConfig(Section):
+    """The brokers, where `log.kind` is kafka.  The SASL password comes from a file or from STREAMLEARN_KAFKA_PASSWORD, never from here."""
 
+    servers: tuple[str, ...] = ()  # bootstrap servers, host:port
+    topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")  # before every topic's name, where a cluster is shared
+    epoch: int = Field(default=0, ge=0)  # raise it when topics were made anew: their offsets begin again, and so do the catalog's positions
+    replication: int = Field(default=3, ge=1)  # of topics that streamlearn makes
+    min_insync: int = Field(default=2, ge=1)  # likewise: a write is acknowledged by this many replicas
+    api_version: tuple[int, ...] | None = None  # unset: asked of the brokers
+    security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"  # Kafka's security.protocol
+    ssl_cafile: str = ""  # PEM; empty: the system's authorities
+    ssl_certfile: str = ""  # PEM of the client, where brokers ask for one
+    ssl_keyfile: str = ""  # PEM of its key
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""  # with SASL_PLAINTEXT or SASL_SSL
+    sasl_username: str = ""  # likewise
+    sasl_password_file: str = ""  # its first line; empty: the environment variable
+    start_timeout_s: float = Field(default=60.0, gt=0)  # for the brokers to answer at a role's start
+    request_timeout_s: float = Field(default=30.0, gt=0)  # one request
+    delivery_timeout_s: float = Field(default=120.0, gt=0)  # an append, with all its tries
+    session_timeout_s: float = Field(default=30.0, gt=0)  # a fetcher that is not heard of for so long loses its partitions
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.min_insync > self.replication:
+            raise ValueError(f"min_insync = {self.min_insync} is over replication = {self.replication}: nothing could ever be written")
+        if self.security.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
+            raise ValueError(f"security = {self.security!r} needs sasl_mechanism and sasl_username")
+        return self
+
+
+class LogConfig(Section):
+    """The event log: one SQLite file, or Kafka."""
+
+    kind: Literal["sqlite", "kafka"] = "sqlite"  # sqlite is for the roles of one machine
     partitions: int = Field(default=2, ge=1, le=1024)  # of each topic; fixed once the log is made
+    kafka: KafkaConfig = KafkaConfig()
+
+    @model_validator(mode="after")
+    def _servers(self) -> Self:
+        if self.kind == "kafka" and not self.kafka.servers:
+            raise ValueError("kind = 'kafka' needs log.kafka.servers, a list of host:port")
+        return self
 
 
 class FetchConfig(Section):

@@ -1,0 +1,1 @@
+"""Heavy clients behind the seams of contract/: chosen by the composition root alone."""
