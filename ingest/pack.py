@@ -69,6 +69,7 @@ class Taken:
     candidate: Candidate | None  # None: the record was no candidate
     result: Fetched | Refused | Unanswered | None
     again: bool = False  # a retry that stands in the log twice
+    absent: bool = False  # the log holds no record of this offset, though it does of later ones
 
 
 @dataclass
@@ -123,6 +124,8 @@ class Packer:
         candidate, result = taken.candidate, taken.result
         if taken.again:
             outcome = _plain(taken, DUPLICATE, "same_retry")
+        elif taken.absent:
+            outcome = _plain(taken, REJECTED, Reason.NO_RECORD)
         elif isinstance(result, Fetched) and candidate is not None:
             outcome = self._store(unit, taken.offset, candidate, result)
         elif isinstance(result, Unanswered) and candidate is not None:
@@ -173,7 +176,7 @@ class Packer:
             place = f"{row.topic}/{row.partition}/{outcome['offset']}"
             if outcome["outcome"] == DEFERRED and (outcome["origin"] or place) not in held[outcome["reason"]]:
                 owed.append(self._retry(row.topic, row.partition, outcome["offset"], self._candidate(row, outcome), 0.0))
-            if outcome["outcome"] in (REJECTED, DEAD):  # a report: twice is better than never
+            if outcome["outcome"] in (REJECTED, DEAD) and outcome["reason"] != Reason.NO_RECORD:  # a report: twice is better than never
                 owed.append(_dead_letter(place, outcome["url"], outcome["reason"], "told again after a crash"))
         return owed
 

@@ -1,8 +1,8 @@
 """The role `fetch`: candidates -> images -> shards, partition by partition, for ever.
 
-One lane a partition: read ahead, fetch many at once, take the results in offset order, spool, seal.  Memory is bounded by the read-ahead
-window (`fetch.concurrency` requests over all lanes) times the byte cap; nothing piles up behind a slow store, because a lane that cannot
-seal does not read on.
+One lane for each partition that is ours (the consumer group shares them out among the fetchers): read ahead, fetch many at once, take the
+results in offset order, spool, seal.  Memory is bounded by the read-ahead window (`fetch.concurrency` requests over all lanes) times the
+byte cap; nothing piles up behind a slow store, because a lane that cannot seal does not read on.
 """
 
 import asyncio
@@ -12,21 +12,28 @@ import shutil
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from ingest.fetch.client import Client, Fetched
-from ingest.pack import Packer, Taken, Unit, origins
+from ingest.pack import GROUP, Packer, Taken, Unit, origins
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Corrupt, Fenced, Retryable
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, retry_topic
+from streamlearn.contract.errors import Corrupt, Fenced, OffsetGap, Retryable
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, Subscription, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import REJECTED, Outcome
 from streamlearn.contract.status import Heartbeat, now
 
 IDLE_S = 0.2  # between looks at a partition that has nothing new
+WATCH_S = 0.25  # between looks at what is ours
+LAG_S = 1.0  # between measurements of the lag
+MOST_SKIPPED = 100_000  # offsets without a record between two that have one; more is an incident
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Place = tuple[str, int]
 
@@ -70,7 +77,9 @@ class Fetcher:
         self.before = (0, 0)  # shards and images that were there when it started
         self.last_shard_at, self.full = "", ""
         self.recent: deque[tuple[float, int]] = deque(maxlen=64)  # (when, images so far)
-        self.lanes: list[Lane] = []
+        self.lanes: dict[Place, tuple[Lane, asyncio.Task[None]]] = {}
+        self.lag = 0
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="log")  # reading may wait for a broker; a log serves one reader at a time
 
     async def run(self, stop: threading.Event) -> None:
         shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
@@ -81,21 +90,57 @@ class Fetcher:
         folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
-        async with Client(self.config.fetch, folders) as client:
-            self.lanes = [Lane(self, client, topic, p) for topic in topics for p in range(self.config.log.partitions)]
-            tasks = [asyncio.create_task(lane.run()) for lane in self.lanes]
-            watcher = asyncio.create_task(self._watch(stop))
-            done, _ = await asyncio.wait([*tasks, watcher], return_when=asyncio.FIRST_COMPLETED)
-            for task in [*tasks, watcher]:
-                task.cancel()
-            await asyncio.gather(*tasks, watcher, return_exceptions=True)
-            for task in done:
-                task.result()  # a lane ends only by a bug: let it be seen
+        subscription = self.log.subscribe(GROUP, topics)
+        try:
+            async with Client(self.config.fetch, folders) as client:
+                await self._work(client, subscription, stop)
+        finally:
+            subscription.close()
+            self.reader.shutdown(wait=False)
 
-    async def _watch(self, stop: threading.Event) -> None:
-        while not stop.is_set():
-            self.tell()
-            await asyncio.sleep(0.25)
+    async def _work(self, client: Client, subscription: Subscription, stop: threading.Event) -> None:
+        """Keep a lane for each partition we own.  A lane ends by itself only by a bug: let it be seen."""
+        measuring = asyncio.create_task(self._measure())
+        try:
+            while not stop.is_set():
+                self._share_out(client, subscription.owned())
+                self.tell()
+                await asyncio.wait(
+                    [measuring, *(task for _, task in self.lanes.values())], timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                for place, (lane, task) in list(self.lanes.items()):
+                    if task.done():
+                        task.result()
+                        assert lane.leaving
+                        del self.lanes[place]
+                if measuring.done():
+                    measuring.result()
+        finally:
+            tasks = [measuring, *(task for _, task in self.lanes.values())]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _share_out(self, client: Client, owned: frozenset[Place]) -> None:
+        """A partition that was taken from us is left once its lane has finished what it is at; the catalog fences it from the new owner."""
+        for place, (lane, _) in self.lanes.items():
+            lane.leaving = place not in owned
+        for place in sorted(owned - self.lanes.keys()):
+            lane = Lane(self, client, *place)
+            self.lanes[place] = (lane, asyncio.create_task(lane.run()))
+
+    async def _measure(self) -> None:
+        """How far behind we are; asked of the log, so not too often."""
+        while True:
+            lanes = [lane for lane, _ in self.lanes.values()]
+            with contextlib.suppress(Retryable):  # the lanes say so themselves
+                ends = [await self.read(self.log.bounds, lane.topic, lane.partition) for lane in lanes]
+                self.lag = sum(max(0, end - lane.position) for lane, (_, end) in zip(lanes, ends, strict=True))
+            await asyncio.sleep(LAG_S)
+
+    async def read(self, call: Callable[..., T], *arguments: object) -> T:
+        """Ask the log in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, call, *arguments)
 
     def count(self, outcome: Outcome) -> None:
         self.metrics.outcomes.labels(outcome.outcome).inc()
@@ -117,12 +162,10 @@ class Fetcher:
 
     def tell(self) -> None:
         self.metrics.heartbeat.set_to_current_time()
-        lag, oldest = 0, 0.0
-        for lane in self.lanes:
-            lag += max(0, self.log.bounds(lane.topic, lane.partition)[1] - lane.position)
-            oldest = max(oldest, lane.oldest_age())
-        spooled = sum(lane.unit.writer.size for lane in self.lanes if lane.unit)
-        self.metrics.lag.set(lag)
+        lanes = [lane for lane, _ in self.lanes.values()]
+        oldest = max((lane.oldest_age() for lane in lanes), default=0.0)
+        spooled = sum(lane.unit.writer.size for lane in lanes if lane.unit)
+        self.metrics.lag.set(self.lag)
         self.metrics.oldest.set(oldest)
         self.metrics.spool.set(spooled)
         self.heart.beat(
@@ -130,7 +173,8 @@ class Fetcher:
             stored=self.before[1] + self.images,
             outcomes=dict(self.outcomes),
             images_per_s=self.rate(),
-            lag=lag,
+            lag=self.lag,
+            partitions=len(lanes),
             shards=self.before[0] + self.shards,
             spool_bytes=spooled,
             last_shard_at=self.last_shard_at,
@@ -156,10 +200,17 @@ class Lane:
         self.seen: set[str] = set()  # origins met in this partition (retry topics)
         self.parked: Record | None = None  # a retry that is not due yet
         self.window = max(2, fetcher.config.fetch.concurrency)
+        self.leaving = False  # the partition is another's now
 
     async def run(self) -> None:
+        try:
+            await self._run()
+        finally:
+            self._drop()
+
+    async def _run(self) -> None:
         await self._restart()
-        while True:
+        while not self.leaving:
             try:
                 await self._round()
             except Fenced as e:
@@ -172,25 +223,25 @@ class Lane:
 
     async def _round(self) -> None:
         """Read ahead, take what is finished, seal what is full; then wait for whatever comes first."""
-        self._read_ahead()
+        await self._read_ahead()
         while self.waiting and self.waiting[0][1].done():
-            record, task = self.waiting.popleft()
-            self._take(record, task.result())
+            _, task = self.waiting.popleft()
+            self._take(task.result())
             if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
                 await self._seal()
         if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
             await self._seal()
-        self._read_ahead()
+        await self._read_ahead()
         if self.waiting:
             await asyncio.wait([self.waiting[0][1]], timeout=IDLE_S)
         else:
             await asyncio.sleep(IDLE_S)
 
-    def _read_ahead(self) -> None:
+    async def _read_ahead(self) -> None:
         room = self.window - len(self.waiting)
         if room <= 0:
             return
-        for record in self.fetcher.log.read(self.topic, self.partition, self.next, room):
+        for record in await self.fetcher.read(self.fetcher.log.read, self.topic, self.partition, self.next, room):
             try:
                 candidate = Candidate.from_json(record.value)
             except Corrupt:
@@ -217,10 +268,19 @@ class Lane:
             self.fetcher.metrics.bytes.inc(len(result.body))
         return Taken(offset, candidate, result)
 
-    def _take(self, record: Record, taken: Taken) -> None:
+    def _take(self, taken: Taken) -> None:
         if self.unit is None:
-            spool = self.fetcher.spool / f"{self.topic}-{self.partition}-{taken.offset:020d}.tar"
-            self.unit = Unit(self.topic, self.partition, taken.offset, spool, time.monotonic())
+            spool = self.fetcher.spool / f"{self.topic}-{self.partition}-{self.position:020d}.tar"
+            self.unit = Unit(self.topic, self.partition, self.position, spool, time.monotonic())
+        if taken.offset - self.unit.end > MOST_SKIPPED:
+            raise OffsetGap(
+                f"{self.topic}/{self.partition}: the log goes from {self.unit.end - 1} to {taken.offset}: records are missing. "
+                "Restore the topic, or accept the loss by moving the catalog's position by hand"
+            )
+        for offset in range(
+            self.unit.end, taken.offset
+        ):  # a transaction's marker, or compacted away: no record, and an outcome all the same
+            self.fetcher.packer.add(self.unit, Taken(offset, None, None, absent=True))
         self.fetcher.packer.add(self.unit, taken)
 
     async def _seal(self) -> None:
@@ -233,6 +293,8 @@ class Lane:
                 break
             except Retryable as e:  # the store is full or busy: the unit stays in hand
                 await self._wait_out(e)
+                if self.leaving and not unit.committed:
+                    return  # its new owner fetches it again
         self.fetcher.full = ""
         self.position, self.unit = unit.end, None
         self.fetcher.sealed(unit, row.num_samples)
@@ -245,14 +307,8 @@ class Lane:
 
     async def _restart(self) -> None:
         """Back to what the catalog says; whatever was in flight is fetched again."""
-        for _, task in self.waiting:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in self.waiting), return_exceptions=True)
-        self.waiting.clear()
-        if self.unit is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self.unit.drop()
-            self.unit = None
+        tasks = self._drop()
+        await asyncio.gather(*tasks, return_exceptions=True)
         while True:
             try:
                 async with self.fetcher.sealing:
@@ -260,7 +316,22 @@ class Lane:
                 break
             except Retryable as e:
                 await self._wait_out(e)
-        self.seen = origins(self.fetcher.log, self.topic, self.partition, self.position) if self.topic != CANDIDATES else set()
+                if self.leaving:
+                    return
+        if self.topic != CANDIDATES:
+            self.seen = await self.fetcher.read(origins, self.fetcher.log, self.topic, self.partition, self.position)
+
+    def _drop(self) -> list[asyncio.Task[Taken]]:
+        """Let go of everything that is not sealed; the requests that were on their way."""
+        tasks = [task for _, task in self.waiting]
+        for task in tasks:
+            task.cancel()
+        self.waiting.clear()
+        if self.unit is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self.unit.drop()
+            self.unit = None
+        return tasks
 
     def oldest_age(self) -> float:
         """Seconds since the oldest record was appended that the catalog does not cover; a parked retry is not late."""

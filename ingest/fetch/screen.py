@@ -19,6 +19,7 @@ class Reason(StrEnum):
 
     BAD_URL = "bad_url"
     BAD_RECORD = "bad_record"
+    NO_RECORD = "no_record"  # an offset of the log without a record
     ADDRESS = "private_address"
     REDIRECTS = "too_many_redirects"
     GONE = "gone"  # 4xx
