@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ingest.fetch.client import Client, Fetched
-from ingest.pack import GROUP, Packer, Taken, Unit, origins
+from ingest.pack import Packer, Taken, Unit, group_of, origins
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
@@ -90,7 +90,7 @@ class Fetcher:
         folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
-        subscription = self.log.subscribe(GROUP, topics)
+        subscription = self.log.subscribe(group_of(self.log), topics)
         try:
             async with Client(self.config.fetch, folders) as client:
                 await self._work(client, subscription, stop)

@@ -9,10 +9,12 @@ from typing import Any
 from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.structs import MemberState
 
 from streamlearn.contract.config import KafkaConfig
 from streamlearn.contract.errors import Stuck
 
+JOIN_MS = 2000  # of one poll while the group shares out
 logger = logging.getLogger(__name__)
 
 
@@ -80,13 +82,16 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
                 continue
             try:
                 with self._lock:
-                    self._consumer.poll(timeout_ms=50)
+                    settled = self._consumer.group_metadata().state is MemberState.STABLE
+                    # kafka-python 3.0 throws a join away that completes while nobody polls, and joins again: while joining, do not look away
+                    self._consumer.poll(timeout_ms=50 if settled else JOIN_MS)
             except (kafka_errors.RetriableError, kafka_errors.RebalanceInProgressError, kafka_errors.InvalidRequestError) as e:
                 logger.info("group: %s; joining again", e)
             except kafka_errors.KafkaError as e:
                 self._error = e
                 return
-            self._left.wait(0.05)  # let commits in
+            if settled:
+                self._left.wait(0.05)  # let commits in
 
     def on_partitions_assigned(self, assigned: list[TopicPartition]) -> None:
         for place in assigned:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
@@ -39,6 +39,7 @@ class KafkaLog:
 
     def __init__(self, config: KafkaConfig):
         self.config = config
+        self.epoch = config.epoch
         self._where = ", ".join(config.servers)
         calm(logging.getLogger("kafka.producer.sender"))
         self._settings = connection_settings(config)
@@ -70,7 +71,7 @@ class KafkaLog:
                 max_block_ms=int(config.request_timeout_s * 1000),
                 allow_auto_create_topics=False,
             )
-            self.log_id = f"{self._admin.describe_cluster()['cluster_id']}@{config.epoch}"
+            self.log_id = str(self._admin.describe_cluster()["cluster_id"])
 
     def close(self) -> None:
         for group in self._groups.values():
@@ -212,7 +213,7 @@ class KafkaLog:
     def _end(self, place: TopicPartition, *, exact: bool = False) -> int:
         """Where a partition ends; asked for all at once, and believed for a moment."""
         if exact or place not in self._ends or time.monotonic() - self._ends_at > STALE_S:
-            self._ends = dict(self._consumer.end_offsets([*{place, *self._consumer.assignment()}], timeout_ms=self._request_ms))
+            self._ends = self._offsets(self._consumer.end_offsets, {place, *self._consumer.assignment()})
             self._ends_at = time.monotonic()
         return self._ends[place]
 
@@ -236,8 +237,16 @@ class KafkaLog:
             return self._bounds(place)
 
     def _bounds(self, place: TopicPartition) -> tuple[int, int]:
-        first = self._consumer.beginning_offsets([place], timeout_ms=self._request_ms)[place]
-        return int(first), int(self._consumer.end_offsets([place], timeout_ms=self._request_ms)[place])
+        first = self._offsets(self._consumer.beginning_offsets, {place})[place]
+        return first, self._offsets(self._consumer.end_offsets, {place})[place]
+
+    def _offsets(self, ask: Callable[..., Any], places: set[TopicPartition]) -> dict[TopicPartition, int]:
+        for _ in range(3):
+            try:
+                return {place: int(offset) for place, offset in ask(list(places), timeout_ms=self._request_ms).items()}
+            except KeyError as e:  # kafka-python 3.0 forgets a partition whose broker was not ready
+                logger.info("the offsets of %s were not told; asking again", e)
+        raise Retryable(f"Kafka ({self._where}): no broker tells the offsets of {sorted(places)}", after_s=1.0)
 
     def latest(self, topic: str, key: bytes) -> bytes | None:
         """Reads on from where it stood, so a second look costs only what is new."""
@@ -282,7 +291,7 @@ class KafkaLog:
 
     def _group(self, name: str) -> Group:
         if name not in self._groups:
-            self._groups[name] = Group(self._settings, name, self.config)
+            self._groups[name] = Group(self._settings, self._name(name), self.config)
         return self._groups[name]
 
     def _name(self, topic: str) -> str:

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -17,7 +17,7 @@ from streamlearn.contract import metrics
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, StreamlearnError
-from streamlearn.contract.event_log import SqliteLog
+from streamlearn.contract.event_log import EventLog, SqliteLog
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.registry import OciLayout
 from streamlearn.contract.status import Heartbeat
@@ -28,11 +28,16 @@ logger = logging.getLogger("streamlearn")
 
 @dataclass(frozen=True)
 class Home:
-    """The embedded adapters of one home folder."""
+    """The adapters that the configuration chooses; the embedded ones live in the home folder."""
 
     path: Path
+    config: Config = field(default_factory=Config)
 
-    def log(self) -> SqliteLog:
+    def log(self) -> EventLog:
+        if self.config.log.kind == "kafka":
+            from streamlearn.adapters.kafka_log import KafkaLog
+
+            return KafkaLog(self.config.log.kafka)
         return SqliteLog(self.path / "log.sqlite")
 
     def store(self) -> FolderStore:
@@ -79,7 +84,7 @@ def _run(name: str, folder: Path, stop: threading.Event) -> None:
     heartbeat = Heartbeat(folder, name)
     heartbeat.beat(metrics_port=_serve_metrics(config, name, registry), state="starting", force=True)
     {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
-        config, Home(folder), registry, heartbeat, stop
+        config, Home(folder, config), registry, heartbeat, stop
     )
     heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
 

@@ -45,7 +45,7 @@ class KafkaConfig(Section):
     """The brokers, where `log.kind` is kafka.  The SASL password comes from a file or from STREAMLEARN_KAFKA_PASSWORD, never from here."""
 
     servers: tuple[str, ...] = ()  # bootstrap servers, host:port
-    topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")  # before every topic's name, where a cluster is shared
+    topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")  # before the names of topics and groups, where a cluster is shared
     epoch: int = Field(default=0, ge=0)  # raise it when topics were made anew: their offsets begin again, and so do the catalog's positions
     replication: int = Field(default=3, ge=1)  # of topics that streamlearn makes
     min_insync: int = Field(default=2, ge=1)  # likewise: a write is acknowledged by this many replicas

@@ -49,6 +49,10 @@ class EventLog(Protocol):
     def log_id(self) -> str:
         """Names this log for ever.  A re-created log has another, so old positions cannot be mistaken for its own."""
 
+    @property
+    def epoch(self) -> int:
+        """How often its topics have been made anew by hand, so that offsets began again."""
+
     def ensure_topic(self, topic: str, partitions: int) -> None:
         """Make the topic unless it exists.  Raises ConfigError when it exists with another number of partitions."""
 
@@ -105,6 +109,11 @@ class AllOfThem:
         """There is nobody to tell."""
 
 
+def place_name(log: EventLog, topic: str) -> str:
+    """What the catalog calls a topic: offsets that began again are not those that were before."""
+    return f"{topic}@{log.epoch}" if log.epoch else topic
+
+
 def partition_of(key: bytes, partitions: int) -> int:
     """Kafka's default partitioner, so that keys keep their partition whoever produces: murmur2(key) & 0x7fffffff modulo the number."""
     return (murmur2(key) & 0x7FFFFFFF) % partitions
@@ -142,6 +151,8 @@ class SqliteLog:
 
     An append is one transaction (BEGIN IMMEDIATE .. COMMIT with synchronous=FULL): the COMMIT is its one commit point, all or none.
     """
+
+    epoch = 0  # topics are never made anew; a new file has another log id
 
     def __init__(self, path: Path, *, busy_timeout_s: float = 60.0):
         self.path = path

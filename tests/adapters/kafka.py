@@ -109,7 +109,7 @@ def mock_config(cluster, **more):
         "api_version": (2, 3),
         "request_timeout_s": 5.0,
         "delivery_timeout_s": 10.0,
-        "session_timeout_s": 6.0,
+        "session_timeout_s": 3.0,
     }
     return KafkaConfig(**settings | more)
 
