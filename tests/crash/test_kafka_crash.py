@@ -1,21 +1,20 @@
 """The fetch role on Kafka (librdkafka's mock cluster): killed, shared out among several, cut off from the brokers."""
 
 import threading
-import time
 import uuid
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from ingest.fetch.run import run_fetch
-from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.errors import OffsetGap
-from streamlearn.contract.event_log import CANDIDATES, NewRecord, retry_topic
+from streamlearn.contract.event_log import CANDIDATES
 from streamlearn.contract.metrics import FetchMetrics
-from streamlearn.contract.status import Heartbeat
+from streamlearn.contract.shards import STORED
+from streamlearn.contract.status import Heartbeat, read_status
 from tests.adapters.kafka import MockCluster, MockedLog, mock_config
-from tests.crash.sealing import PARTITIONS, Dying, Killed, check, feed, fetch_until, rows_of, settled, wait
+from tests.crash.sealing import Dying, Killed, check, feed, fetch_until, rows_of, settled, wait
 from tests.ingest.server import Place, Site, serving
 
 
@@ -96,3 +95,84 @@ def test_killed_after_the_commit_point_the_next_owner_tells_what_is_owed(places,
         site.down = False
         fetch_until(places.place(), settled(8), watcher=places.place())
     check(places.place(), [f"{i}.jpg" for i in range(8)], 8)
+
+
+def run_in_thread(place, stop, errors):
+    def work():
+        try:
+            args = (place.config, place.log, place.store, place.catalog, FetchMetrics(CollectorRegistry()), Heartbeat(place.home, "fetch"))
+            run_fetch(*args, stop=stop, home=place.home)
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_two_fetchers_share_the_partitions_and_one_takes_over_when_the_other_goes(places, tmp_path):
+    homes = [tmp_path / f"fetcher{i}" for i in range(2)]
+    stops, errors, threads = [threading.Event() for _ in homes], [], []
+    with serving(Site()) as base:
+        feed(places.place().log, base, [f"{i}.jpg" for i in range(12)])
+        for home, stop in zip(homes, stops, strict=True):
+            home.mkdir()
+            threads.append(run_in_thread(places.place(home=home), stop, errors))
+
+        def shares():
+            return [read_status(home).get("fetch", {}).get("partitions", 0) for home in homes]
+
+        try:
+            wait(None, lambda _: sum(shares()) == 6 and all(shares()))  # candidates and two retry topics, two partitions each
+            assert sum(shares()) == 6 and all(shares()), shares()
+            stops[0].set()
+            wait(None, lambda _: shares()[1] == 6)
+            feed(places.place().log, base, [f"{i}.jpg" for i in range(12, 24)])
+            wait(places.place(), settled(24))
+        finally:
+            [stop.set() for stop in stops]
+            [thread.join(60) for thread in threads]
+    assert errors == []
+    check(places.place(), [f"{i}.jpg" for i in range(24)], 24)
+
+
+def test_brokers_that_are_gone_for_a_while_are_waited_for(places, cluster):
+    stop, errors = threading.Event(), []
+    with serving(Site()) as base:
+        place = places.place()
+        feed(place.log, base, [f"{i}.jpg" for i in range(12)])
+        thread = run_in_thread(place, stop, errors)
+        try:
+            wait(places.place(), settled(12))
+            cluster.down()
+            wait(None, lambda _: "Kafka" in read_status(place.home)["fetch"]["full"])
+            cluster.up()
+            feed(places.place().log, base, [f"{i}.jpg" for i in range(12, 24)])
+            wait(places.place(), settled(24))
+        finally:
+            cluster.up()
+            stop.set()
+            thread.join(60)
+    assert errors == []
+    check(places.place(), [f"{i}.jpg" for i in range(24)], 24)
+
+
+def test_topics_that_were_made_anew_are_an_incident_until_the_epoch_is_raised(places, tmp_path):
+    """The catalog is ahead of the log: without a word from the user, nothing is skipped and nothing is taken for something else."""
+    with serving(Site()) as base:
+        place = places.place()
+        feed(place.log, base, [f"{i}.jpg" for i in range(6)])
+        fetch_until(place, settled(6), watcher=places.place())
+        log_id = place.log.log_id
+        again = KafkaPlaces(tmp_path, places.cluster)  # other topics, which begin at 0 again, of the same cluster
+        try:
+            feed(again.place().log, base, ["6.jpg"])
+            assert again.place().log.log_id == log_id
+            with pytest.raises(OffsetGap, match=r"ends at \d, asked for 3: the topic was cut off or made anew.*raise log.kafka.epoch"):
+                fetch_until(again.place(), lambda _: False, watcher=again.place())
+            fetch_until(again.place(epoch=1), lambda p: len(p.catalog.rows()) > 2, watcher=again.place(epoch=1))
+            stored = [o["url"].rsplit("/", 1)[1] for _, _, o in rows_of(again.place(epoch=1)) if o["outcome"] == STORED]
+            assert sorted(stored) == [f"{i}.jpg" for i in range(7)]
+            assert {r.topic for r in again.place(epoch=1).catalog.rows()} == {CANDIDATES, f"{CANDIDATES}@1"}
+        finally:
+            again.close()
