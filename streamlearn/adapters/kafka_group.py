@@ -38,6 +38,7 @@ class Group(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
             allow_auto_create_topics=False,
             session_timeout_ms=int(config.session_timeout_s * 1000),
             heartbeat_interval_ms=int(config.session_timeout_s * 1000 / 6),
+            max_poll_interval_ms=int(config.session_timeout_s * 1000),
             partition_assignment_strategy=(CooperativeStickyAssignor,),
         )
 
