@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.real import DATA, finished
 from streamlearn.cli.roles import Home
-from streamlearn.contract.config import from_json
+from streamlearn.contract.config_file import from_json
 from streamlearn.contract.shards import OUTCOMES, index_shard, read_sidecar, sidecar_key
 from streamlearn.contract.status import read_status
 from streamlearn.learn.checkpoint import Checkpoints

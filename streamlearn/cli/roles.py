@@ -12,8 +12,7 @@ from pathlib import Path
 import click
 from prometheus_client import CollectorRegistry, start_http_server
 
-from streamlearn.contract import config as configuration
-from streamlearn.contract import metrics
+from streamlearn.contract import config_file, metrics
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, StreamlearnError
@@ -79,7 +78,7 @@ def _run(name: str, folder: Path, stop: threading.Event) -> None:
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it")
-    config = configuration.from_json(path.read_text(), where=str(path))
+    config = config_file.from_json(path.read_text(), where=str(path))
     registry = CollectorRegistry()
     heartbeat = Heartbeat(folder, name)
     heartbeat.beat(metrics_port=_serve_metrics(config, name, registry), state="starting", force=True)

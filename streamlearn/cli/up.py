@@ -18,7 +18,8 @@ from rich.live import Live
 
 from streamlearn import view
 from streamlearn.contract import durable
-from streamlearn.contract.config import BankConfig, Config, ConnectorConfig, from_json, load
+from streamlearn.contract.config import BankConfig, Config, ConnectorConfig
+from streamlearn.contract.config_file import from_json, load
 from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.status import read_status
 from streamlearn.supervise import RoleSpec, exclusive, supervise

@@ -8,7 +8,8 @@ import pytest
 
 from streamlearn.adapters.kafka_client import connection_settings
 from streamlearn.adapters.kafka_log import KafkaLog
-from streamlearn.contract.config import KafkaConfig, load
+from streamlearn.contract.config import KafkaConfig
+from streamlearn.contract.config_file import load
 from streamlearn.contract.errors import ConfigError, OffsetGap, Retryable, Stuck
 from streamlearn.contract.event_log import CANDIDATES, NewRecord
 from tests.adapters.kafka import DROP, MockCluster, MockedLog, mock_config

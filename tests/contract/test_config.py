@@ -7,7 +7,8 @@ from click.testing import CliRunner
 
 from streamlearn.__main__ import COMMANDS
 from streamlearn.contract import config
-from streamlearn.contract.config import Config, load
+from streamlearn.contract.config import Config
+from streamlearn.contract.config_file import load
 from streamlearn.contract.errors import ConfigError
 
 WRONG = [
