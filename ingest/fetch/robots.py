@@ -15,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from protego import Protego
 from yarl import URL
@@ -24,7 +25,8 @@ RULES = 5000  # lines of our group; the rest is ignored
 LINE_CHARS = 16 * 1024  # a longer pattern matches no URL that a candidate can hold
 WEIGHT_BYTES = 128 * 2**20  # of all rules kept
 MIN_TTL_S = 3600.0  # whatever Cache-Control says
-MANY = 200  # rules; more are matched in a thread: a hostile file costs tens of milliseconds a URL
+LIGHT_CHARS = 8192  # of rules; more are matched in a thread: a hostile file costs 100 to 200 ms a URL, measured
+LOOKED_AT = 32  # rules, for the one to name
 _TOKEN = re.compile(r"\*(?=$|[\s/])|[A-Za-z0-9_.-]+")
 _LINE = re.compile(
     r"(user[-\s]*agent|allow|dis{1,2}al{1,2}ow|disallaw|diasllow|crawl[-\s]delay|request[-\s]rate)\s*(?::|\s)\s*(.*)", re.I | re.S
@@ -68,6 +70,10 @@ class Rules:
     parsed: Protego
     delay_s: float | None
 
+    @cached_property
+    def heavy(self) -> bool:
+        return sum(map(len, self.lines)) > LIGHT_CHARS
+
     def verdict(self, url: str) -> Allowed | Disallowed:
         if self.parsed.can_fetch(url, "*"):
             return Allowed(self.delay_s)
@@ -76,7 +82,7 @@ class Rules:
     def _rule(self, url: str) -> str:
         """The line that decided, for the dead letter: the longest that disallows by itself.  Looked for among some only: it is a courtesy."""
         longest = sorted((line for line in self.lines if line.startswith("Disallow")), key=len, reverse=True)
-        for line in longest[:MANY]:
+        for line in longest[:LOOKED_AT]:
             if not Protego.parse(f"User-agent: *\n{line}").can_fetch(url, "*"):
                 return line[:200]
         return "Disallow"
@@ -90,7 +96,7 @@ class _Entry:
 
     @property
     def weight(self) -> int:
-        """Bytes, about: measured with tracemalloc, 700 a rule and its text thrice."""
+        """Bytes, about: at most 700 a rule and its text thrice, measured with tracemalloc over hostile files."""
         lines = self.rules.lines if self.rules else ()
         return 2000 + sum(700 + 3 * len(line) for line in lines)
 
@@ -123,7 +129,7 @@ class Robots:
             self._kept.move_to_end(place)
         if entry.rules is None:
             return Unknown(max(1.0, entry.until - self.clock()), f"{place}: {entry.detail}")
-        if len(entry.rules.lines) > MANY:
+        if entry.rules.heavy:
             return await asyncio.to_thread(entry.rules.verdict, str(url))
         return entry.rules.verdict(str(url))
 
