@@ -7,19 +7,22 @@ seal does not read on.
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
+from typing import Any
 
 from ingest.fetch.client import Client, Fetched
 from ingest.pack import Packer, Taken, Unit, origins
+from streamlearn.contract import durable
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Corrupt, Fenced, Retryable
+from streamlearn.contract.errors import Corrupt, Fenced, Retryable, StoreFull
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
@@ -27,6 +30,7 @@ from streamlearn.contract.shards import REJECTED, Outcome
 from streamlearn.contract.status import Heartbeat, now
 
 IDLE_S = 0.2  # between looks at a partition that has nothing new
+KEEP_S = 5.0  # between writings of what hosts asked for: a kill forgets no more than that
 logger = logging.getLogger(__name__)
 Place = tuple[str, int]
 
@@ -62,7 +66,7 @@ class Fetcher:
     ):
         self.config, self.log, self.store, self.catalog, self.metrics, self.heart = config, log, store, catalog, metrics, heartbeat
         self.packer = Packer(log, store, catalog, retry_delays_s=config.fetch.retry_delays_s)
-        self.spool = home / "spool"
+        self.spool, self.hosts_file = home / "spool", home / "hosts.json"
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
         self.room = asyncio.Semaphore(config.fetch.concurrency)
         self.outcomes: Counter[str] = Counter()
@@ -82,13 +86,15 @@ class Fetcher:
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
         async with Client(self.config.fetch, folders) as client:
+            client.hosts.restore(_json(self.hosts_file))
             self.lanes = [Lane(self, client, topic, p) for topic in topics for p in range(self.config.log.partitions)]
             tasks = [asyncio.create_task(lane.run()) for lane in self.lanes]
-            watcher = asyncio.create_task(self._watch(stop))
-            done, _ = await asyncio.wait([*tasks, watcher], return_when=asyncio.FIRST_COMPLETED)
-            for task in [*tasks, watcher]:
+            helpers = [asyncio.create_task(self._watch(stop)), asyncio.create_task(self._keep(client))]
+            done, _ = await asyncio.wait([*tasks, *helpers], return_when=asyncio.FIRST_COMPLETED)
+            for task in [*tasks, *helpers]:
                 task.cancel()
-            await asyncio.gather(*tasks, watcher, return_exceptions=True)
+            await asyncio.gather(*tasks, *helpers, return_exceptions=True)
+            self._write(client.hosts.export())
             for task in done:
                 task.result()  # a lane ends only by a bug: let it be seen
 
@@ -96,6 +102,22 @@ class Fetcher:
         while not stop.is_set():
             self.tell()
             await asyncio.sleep(0.25)
+
+    async def _keep(self, client: Client) -> None:
+        """What hosts asked for outlives this process."""
+        written: object = None
+        while True:
+            await asyncio.sleep(KEEP_S)
+            state = client.hosts.export()
+            if state["hosts"] or written:  # nothing again is not worth a sync
+                await asyncio.to_thread(self._write, state)
+            written = state["hosts"]
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            durable.write(self.hosts_file, json.dumps(state).encode())
+        except StoreFull as e:  # the lanes wait it out; until then this is as old as it is
+            logger.warning("%s", e)
 
     def count(self, outcome: Outcome) -> None:
         self.metrics.outcomes.labels(outcome.outcome).inc()
@@ -143,6 +165,14 @@ class Fetcher:
             return 0.0
         (t0, n0), (t1, n1) = self.recent[0], self.recent[-1]
         return round((n1 - n0) / max(t1 - t0, 1e-9), 1)
+
+
+def _json(path: Path) -> object:
+    """What a file holds, None if it holds no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
 
 
 class Lane:

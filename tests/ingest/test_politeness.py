@@ -3,17 +3,23 @@
 import asyncio
 import itertools
 import json
+import threading
 import time
 from email.utils import formatdate
 
 import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from ingest.fetch.client import Client, Fetched, Unanswered
+from ingest.fetch.run import run_fetch
 from ingest.fetch.screen import Reason, Refused
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import FetchConfig
-from tests.ingest.server import picture
+from streamlearn.contract.event_log import CANDIDATES, NewRecord
+from streamlearn.contract.metrics import FetchMetrics
+from streamlearn.contract.status import Heartbeat
+from tests.ingest.server import Place, Site, picture, serving
 
 EARLY = 0.7  # of the spacing: a request may be longer under way than the next one, on a busy machine
 PICTURE = picture(1)
@@ -246,6 +252,39 @@ def test_a_time_that_the_server_names_is_kept_by_all_and_over_a_restart(value, s
     for got in with_servers(site, main=main):
         assert isinstance(got, Unanswered) and got.after_s == pytest.approx(120, abs=20), got
     assert site.paths == ["/robots.txt", "/1.jpg"]
+
+
+def fetched_by_the_role(home, urls):
+    """Run the whole role over new candidates until it has an outcome for each."""
+    place = Place(home)
+    place.log.ensure_topic(CANDIDATES, place.config.log.partitions)
+    place.log.append([NewRecord(CANDIDATES, b"", candidate(url).to_json(), 0) for url in urls])
+    end, stop = place.log.bounds(CANDIDATES, 0)[1], threading.Event()
+
+    def watch():
+        watcher = Place(home)  # connections of its own
+        deadline = time.monotonic() + 60
+        while watcher.catalog.position(CANDIDATES, 0) < end and time.monotonic() < deadline:
+            time.sleep(0.05)
+        stop.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    metrics = FetchMetrics(CollectorRegistry())
+    run_fetch(place.config, place.log, place.store, place.catalog, metrics, Heartbeat(home, "fetch"), stop=stop, home=home)
+    thread.join(60)
+    assert place.catalog.position(CANDIDATES, 0) == end
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_role_keeps_what_hosts_asked_for_over_restarts(tmp_path, kept):
+    site = Site()
+    with serving(site) as base:
+        fetched_by_the_role(tmp_path, [f"{base}/trouble/busy"])  # Retry-After: 77
+        if not kept:
+            (tmp_path / "hosts.json").write_text('{"hosts": [')
+        fetched_by_the_role(tmp_path, [f"{base}/7.jpg"])
+    assert site.hits["busy"] == 1 and site.hits.get(7, 0) == (0 if kept else 1)
 
 
 def test_an_absurd_time_is_a_day():
