@@ -327,6 +327,22 @@ def test_a_host_that_fails_is_left_alone_and_then_tried_once():
     assert isinstance(with_servers(site, main=main), Fetched)
 
 
+@pytest.mark.parametrize("trouble", ["hangs", "nobody there"])
+def test_a_host_that_does_not_answer_is_left_alone(trouble):
+    site = Watched()
+
+    async def main():
+        async with Client(config(breaker_failures=2, attempts=1, total_timeout_s=0.3, robots=False)) as client:
+            if trouble == "hangs":
+                site.takes = 20.0
+            else:
+                await site.runner.cleanup()
+            return [await client.fetch(candidate(f"{site.base}/{i}.jpg")) for i in range(4)]
+
+    got = with_servers(site, main=main)
+    assert [round(g.after_s, -1) for g in got] == [0, 0, 60, 60] and len(site.arrivals) == (2 if trouble == "hangs" else 0)
+
+
 def test_time_spent_waiting_for_a_turn_is_not_the_servers():
     site = Watched()
     site.takes = 0.1
