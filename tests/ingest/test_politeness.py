@@ -21,7 +21,7 @@ from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.status import Heartbeat
 from tests.ingest.server import Place, Site, picture, serving
 
-EARLY = 0.7  # of the spacing: a request may be longer under way than the next one, on a busy machine
+EARLY = 0.5  # of the spacing: a request may be longer under way than the next one, on a busy machine
 PICTURE = picture(1)
 
 
@@ -102,11 +102,11 @@ def test_a_crawl_delay_lies_between_any_two_requests():
 
 def test_the_rate_is_kept_after_the_burst():
     site = Watched()
-    fetch_all(site, *(f"/{i}.jpg" for i in range(8)), settings=config(host_rate=5.0, host_burst=4))
+    fetch_all(site, *(f"/{i}.jpg" for i in range(8)), settings=config(host_rate=2.5, host_burst=4))
     times = [at for _, at in site.arrivals]
     for first in range(len(times)):
         for last in range(first + 4, len(times)):  # more than a burst takes at least so long
-            assert times[last] - times[first] >= (last - first - 3) / 5.0 * EARLY
+            assert times[last] - times[first] >= (last - first - 3) / 2.5 * EARLY
 
 
 def test_no_more_requests_at_once_than_slots():
@@ -117,10 +117,10 @@ def test_no_more_requests_at_once_than_slots():
 
 
 def test_quick_tries_take_turns_too():
-    site = Watched("User-agent: *\nCrawl-delay: 0.3\n", **{"1.jpg": lambda: web.Response(status=502)})
+    site = Watched("User-agent: *\nCrawl-delay: 0.4\n", **{"1.jpg": lambda: web.Response(status=502)})
     (got,) = fetch_all(site, "/1.jpg")
     assert isinstance(got, Unanswered) and site.paths == ["/robots.txt", "/1.jpg", "/1.jpg", "/1.jpg"]
-    assert min(gaps(site)) >= 0.3 * EARLY
+    assert min(gaps(site)) >= 0.4 * EARLY
 
 
 def test_what_is_disallowed_is_never_asked_for():
@@ -313,11 +313,11 @@ def test_a_host_that_fails_is_left_alone_and_then_tried_once():
     site = Watched(**{f"{i}.jpg": failing for i in range(10)})
 
     async def main():
-        async with Client(config(breaker_failures=4, breaker_s=0.5, attempts=1)) as client:
+        async with Client(config(breaker_failures=4, breaker_s=2.0, attempts=1)) as client:
             got = [await client.fetch(candidate(f"{site.base}/{i}.jpg")) for i in range(7)]
             assert site.paths == ["/robots.txt", "/0.jpg", "/1.jpg", "/2.jpg", "/3.jpg"]
             assert [g.after_s > 0 for g in got] == [False] * 4 + [True] * 3
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(2.1)
             site.pages.clear()  # it is well again
             site.takes = 0.3
             together = await asyncio.gather(*(client.fetch(candidate(f"{site.base}/{i}.jpg")) for i in range(3)))
