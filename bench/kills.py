@@ -38,6 +38,7 @@ kind = "urls"
 path = "{home}/urls.txt"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
+host_rate = 0
 concurrency = 8
 [shard]
 max_samples = 40

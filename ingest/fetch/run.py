@@ -7,6 +7,7 @@ byte cap; nothing piles up behind a slow store, because a lane that cannot seal 
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import threading
@@ -15,24 +16,24 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ingest.fetch.client import Client, Fetched
-from ingest.pack import Packer, Taken, Unit, group_of, origins
-from streamlearn.contract.candidate import Candidate
+from ingest.fetch.client import Client
+from ingest.fetch.lane import Lane
+from ingest.pack import Packer, Unit, group_of
+from streamlearn.contract import durable
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Corrupt, Fenced, OffsetGap, Retryable
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, Subscription, retry_topic
+from streamlearn.contract.errors import Retryable, StoreFull
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Subscription, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import REJECTED, Outcome
 from streamlearn.contract.status import Heartbeat, now
 
-IDLE_S = 0.2  # between looks at a partition that has nothing new
 WATCH_S = 0.25  # between looks at what is ours
 LAG_S = 1.0  # between measurements of the lag
-MOST_SKIPPED = 100_000  # offsets without a record between two that have one; more is an incident
+KEEP_S = 5.0  # between writings of what hosts asked for: a kill forgets no more than that
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Place = tuple[str, int]
@@ -69,7 +70,7 @@ class Fetcher:
     ):
         self.config, self.log, self.store, self.catalog, self.metrics, self.heart = config, log, store, catalog, metrics, heartbeat
         self.packer = Packer(log, store, catalog, retry_delays_s=config.fetch.retry_delays_s)
-        self.spool = home / "spool"
+        self.spool, self.hosts_file = home / "spool", home / "hosts.json"
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
         self.room = asyncio.Semaphore(config.fetch.concurrency)
         self.outcomes: Counter[str] = Counter()
@@ -93,30 +94,31 @@ class Fetcher:
         subscription = self.log.subscribe(group_of(self.log), topics)
         try:
             async with Client(self.config.fetch, folders) as client:
+                client.hosts.restore(_json(self.hosts_file))
                 await self._work(client, subscription, stop)
+                self._write(client.hosts.export())
         finally:
             subscription.close()
             self.reader.shutdown(wait=False)
 
     async def _work(self, client: Client, subscription: Subscription, stop: threading.Event) -> None:
         """Keep a lane for each partition we own.  A lane ends by itself only by a bug: let it be seen."""
-        measuring = asyncio.create_task(self._measure())
+        helpers = [asyncio.create_task(self._measure()), asyncio.create_task(self._keep(client))]
         try:
             while not stop.is_set():
                 self._share_out(client, subscription.owned())
                 self.tell()
-                await asyncio.wait(
-                    [measuring, *(task for _, task in self.lanes.values())], timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                for place, (lane, task) in list(self.lanes.items()):
+                tasks = [*helpers, *(task for _, task in self.lanes.values())]
+                await asyncio.wait(tasks, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
+                for place, (_, task) in list(self.lanes.items()):
                     if task.done():
                         task.result()
-                        assert lane.leaving
                         del self.lanes[place]
-                if measuring.done():
-                    measuring.result()
+                for helper in helpers:
+                    if helper.done():
+                        helper.result()
         finally:
-            tasks = [measuring, *(task for _, task in self.lanes.values())]
+            tasks = [*helpers, *(task for _, task in self.lanes.values())]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -141,6 +143,22 @@ class Fetcher:
     async def read(self, call: Callable[..., T], *arguments: object) -> T:
         """Ask the log in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self.reader, call, *arguments)
+
+    async def _keep(self, client: Client) -> None:
+        """What hosts asked for outlives this process."""
+        written: object = None
+        while True:
+            await asyncio.sleep(KEEP_S)
+            state = client.hosts.export()
+            if state["hosts"] or written:  # nothing again is not worth a sync
+                await asyncio.to_thread(self._write, state)
+            written = state["hosts"]
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            durable.write(self.hosts_file, json.dumps(state).encode())
+        except StoreFull as e:  # the lanes wait it out; until then this is as old as it is
+            logger.warning("%s", e)
 
     def count(self, outcome: Outcome) -> None:
         self.metrics.outcomes.labels(outcome.outcome).inc()
@@ -189,152 +207,9 @@ class Fetcher:
         return round((n1 - n0) / max(t1 - t0, 1e-9), 1)
 
 
-class Lane:
-    """One partition of one topic."""
-
-    def __init__(self, fetcher: Fetcher, client: Client, topic: str, partition: int):
-        self.fetcher, self.client, self.topic, self.partition = fetcher, client, topic, partition
-        self.position = self.next = 0  # sealed up to here; next offset to read
-        self.unit: Unit | None = None
-        self.waiting: deque[tuple[Record, asyncio.Task[Taken]]] = deque()  # in offset order
-        self.seen: set[str] = set()  # origins met in this partition (retry topics)
-        self.parked: Record | None = None  # a retry that is not due yet
-        self.window = max(2, fetcher.config.fetch.concurrency)
-        self.leaving = False  # the partition is another's now
-
-    async def run(self) -> None:
-        try:
-            await self._run()
-        finally:
-            self._drop()
-
-    async def _run(self) -> None:
-        await self._restart()
-        while not self.leaving:
-            try:
-                await self._round()
-            except Fenced as e:
-                logger.warning("unit dropped: %s", e)
-                self.fetcher.metrics.fenced.inc()
-                await self._restart()
-            except Retryable as e:  # the spool is full: drop it, wait, fetch again
-                await self._wait_out(e)
-                await self._restart()
-
-    async def _round(self) -> None:
-        """Read ahead, take what is finished, seal what is full; then wait for whatever comes first."""
-        await self._read_ahead()
-        while self.waiting and self.waiting[0][1].done():
-            _, task = self.waiting.popleft()
-            self._take(task.result())
-            if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-                await self._seal()
-        if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-            await self._seal()
-        await self._read_ahead()
-        if self.waiting:
-            await asyncio.wait([self.waiting[0][1]], timeout=IDLE_S)
-        else:
-            await asyncio.sleep(IDLE_S)
-
-    async def _read_ahead(self) -> None:
-        room = self.window - len(self.waiting)
-        if room <= 0:
-            return
-        for record in await self.fetcher.read(self.fetcher.log.read, self.topic, self.partition, self.next, room):
-            try:
-                candidate = Candidate.from_json(record.value)
-            except Corrupt:
-                candidate = None
-            if candidate and candidate.not_before and candidate.not_before > time.time():
-                self.parked = record
-                return  # the head is not due: later ones of this delay are not either
-            self.parked = None
-            self.next = record.offset + 1
-            self.waiting.append((record, asyncio.create_task(self._fetch(record.offset, candidate))))
-
-    async def _fetch(self, offset: int, candidate: Candidate | None) -> Taken:
-        if candidate is None:
-            return Taken(offset, None, None)
-        if candidate.origin:
-            if candidate.origin in self.seen:
-                return Taken(offset, candidate, None, again=True)
-            self.seen.add(candidate.origin)
-        async with self.fetcher.room:
-            began = time.perf_counter()
-            result = await self.client.fetch(candidate)
-        self.fetcher.metrics.seconds.observe(time.perf_counter() - began)
-        if isinstance(result, Fetched):
-            self.fetcher.metrics.bytes.inc(len(result.body))
-        return Taken(offset, candidate, result)
-
-    def _take(self, taken: Taken) -> None:
-        if self.unit is None:
-            spool = self.fetcher.spool / f"{self.topic}-{self.partition}-{self.position:020d}.tar"
-            self.unit = Unit(self.topic, self.partition, self.position, spool, time.monotonic())
-        if taken.offset - self.unit.end > MOST_SKIPPED:
-            raise OffsetGap(
-                f"{self.topic}/{self.partition}: the log goes from {self.unit.end - 1} to {taken.offset}: records are missing. "
-                "Restore the topic, or accept the loss by moving the catalog's position by hand"
-            )
-        for offset in range(
-            self.unit.end, taken.offset
-        ):  # a transaction's marker, or compacted away: no record, and an outcome all the same
-            self.fetcher.packer.add(self.unit, Taken(offset, None, None, absent=True))
-        self.fetcher.packer.add(self.unit, taken)
-
-    async def _seal(self) -> None:
-        unit = self.unit
-        assert unit is not None
-        while True:
-            try:
-                async with self.fetcher.sealing:
-                    row = await asyncio.to_thread(self.fetcher.packer.seal, unit)
-                break
-            except Retryable as e:  # the store is full or busy: the unit stays in hand
-                await self._wait_out(e)
-                if self.leaving and not unit.committed:
-                    return  # its new owner fetches it again
-        self.fetcher.full = ""
-        self.position, self.unit = unit.end, None
-        self.fetcher.sealed(unit, row.num_samples)
-
-    async def _wait_out(self, e: Retryable) -> None:
-        logger.error("waiting: %s", e)
-        self.fetcher.full = str(e)
-        self.fetcher.metrics.full.inc()
-        await asyncio.sleep(e.after_s)
-
-    async def _restart(self) -> None:
-        """Back to what the catalog says; whatever was in flight is fetched again."""
-        tasks = self._drop()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        while True:
-            try:
-                async with self.fetcher.sealing:
-                    self.position = self.next = await asyncio.to_thread(self.fetcher.packer.recover, self.topic, self.partition)
-                break
-            except Retryable as e:
-                await self._wait_out(e)
-                if self.leaving:
-                    return
-        if self.topic != CANDIDATES:
-            self.seen = await self.fetcher.read(origins, self.fetcher.log, self.topic, self.partition, self.position)
-
-    def _drop(self) -> list[asyncio.Task[Taken]]:
-        """Let go of everything that is not sealed; the requests that were on their way."""
-        tasks = [task for _, task in self.waiting]
-        for task in tasks:
-            task.cancel()
-        self.waiting.clear()
-        if self.unit is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self.unit.drop()
-            self.unit = None
-        return tasks
-
-    def oldest_age(self) -> float:
-        """Seconds since the oldest record was appended that the catalog does not cover; a parked retry is not late."""
-        if self.waiting:
-            return max(0.0, time.time() - self.waiting[0][0].timestamp_ms / 1000)
-        return time.monotonic() - self.unit.opened_at if self.unit else 0.0
+def _json(path: Path) -> object:
+    """What a file holds, None if it holds no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None

@@ -33,6 +33,9 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     NO_ANSWER = "no_answer"  # every try failed; after the last retry: dead
     OUTSIDE = "outside_folder"
+    ROBOTS = "robots_txt"  # its robots.txt disallows the URL, or a hop on the way
+    CRAWL_DELAY = "crawl_delay"  # the host asks for longer between requests than fetch.max_crawl_delay_s
+    OPT_OUT = "opt_out"  # its headers say not to learn from it
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,21 @@ class FetchConfig(Section):
     retry_delays_s: tuple[float, ...] = (300.0, 3600.0, 86400.0)  # one retry topic each; after the last: dead
     user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
+    robots: bool = True  # obey robots.txt (RFC 9309), by the product token: user_agent up to its "/"
+    robots_ttl_s: float = Field(
+        default=86400.0, gt=0
+    )  # a robots.txt is kept so long, or as its max-age says if that is shorter (not under 1 h)
+    robots_retry_s: float = Field(default=600.0, gt=0)  # until a robots.txt that could not be had (5xx, no answer) is asked for again
+    robots_entries: int = Field(default=4096, ge=1)  # origins whose rules are kept; the least lately used goes
+    max_crawl_delay_s: float = Field(default=60.0, ge=0)  # a host that asks for more is left alone: refused, not queued for ever
+    respect_noindex: bool = True  # X-Robots-Tag noindex, none, noimageindex refuse too; noai, noimageai, noml and TDM-Reservation always do
+    host_rate: float = Field(default=2.0, ge=0)  # requests a second to one host; 0: no limit
+    host_burst: int = Field(default=8, ge=1)  # requests at once to a host that was idle; none where it names a Crawl-delay
+    global_rate: float = Field(default=0.0, ge=0)  # requests a second to all hosts together; 0: no limit
+    max_wait_s: float = Field(default=30.0, gt=0)  # for a host's turn; what would wait longer is deferred
+    breaker_failures: int = Field(default=5, ge=0)  # failures in a row (5xx, 429, no answer) after which a host is left alone; 0: never
+    breaker_s: float = Field(default=60.0, gt=0)  # so long, then one trial; doubles up to an hour
+    hosts: int = Field(default=65536, ge=1)  # whose budgets are kept in memory
 
     @field_validator("allow_networks")
     @classmethod

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from streamlearn.__main__ import COMMANDS
-from streamlearn.contract import config
+from streamlearn.contract import config_file
 from streamlearn.contract.config import Config
 from streamlearn.contract.config_file import load
 from streamlearn.contract.errors import ConfigError
@@ -61,14 +61,14 @@ def test_a_wrong_override_is_blamed_on_the_variable_or_flag():
 
 def test_a_config_survives_json_and_its_digest_tells_any_change():
     one = load(None, env={})
-    again = config.from_json(one.model_dump_json(), where="x")
+    again = config_file.from_json(one.model_dump_json(), where="x")
     assert again == one and again.digest == one.digest
     assert load(None, env={}, overrides={"train.batch": "65"}).digest != one.digest
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
-        load(config.Path("nowhere.toml"), env={})
+        load(config_file.Path("nowhere.toml"), env={})
 
 
 def test_every_key_of_the_defaults_is_in_the_schema():

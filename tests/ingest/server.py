@@ -67,6 +67,7 @@ class Site:
     def application(self):
         app = web.Application()
         app.router.add_get(r"/{n:\d+}.jpg", self.picture)
+        # no /robots.txt: a 404 costs nothing, and allows everything
         app.router.add_get("/trouble/{name}", self.trouble)
         return app
 
@@ -148,6 +149,9 @@ FETCH = FetchConfig(
     max_bytes=200_000,
     backoff_s=0.01,
     retry_delays_s=(0.05, 0.05),
+    host_rate=0,  # one host, hundreds of requests a second
+    breaker_failures=0,  # it goes down and comes back within a test
+    robots_retry_s=0.05,
 )
 
 

@@ -86,6 +86,13 @@ def test_nobody_listening_is_left_for_later():
     assert isinstance(got, Unanswered) and "Connect" in got.detail
 
 
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..b", ".", "%zz", "a b", "*", "a.example.."])
+@pytest.mark.parametrize("robots", [True, False])
+def test_what_is_no_name_of_a_host_is_refused_and_ends_no_process(host, robots):
+    got = fetch(f"http://{host}/1.jpg", FETCH.model_copy(update={"robots": robots}))
+    assert isinstance(got, Refused) and got.reason == Reason.BAD_URL
+
+
 def test_a_file_is_read_only_from_a_watched_folder(tmp_path):
     watched, other = tmp_path / "watched", tmp_path / "other"
     for folder in (watched, other):
