@@ -37,11 +37,11 @@ from typing import Any
 
 from ingest.fetch.client import Fetched, Unanswered
 from ingest.fetch.screen import Reason, Refused
-from streamlearn.contract.candidate import Candidate, politeness_key
+from streamlearn.contract.candidate import MAX_BYTES, ROOM, Candidate, politeness_key
 from streamlearn.contract.catalog import Advance, Catalog, ShardRow
 from streamlearn.contract.config import ShardConfig
 from streamlearn.contract.errors import Corrupt, OffsetGap
-from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, place_name, retry_topic
+from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, place_name, retry_index, retry_topic
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import (
     DEAD,
@@ -59,6 +59,7 @@ from streamlearn.contract.shards import (
 from streamlearn.contract.status import now
 
 GROUP = "streamlearn-fetch"
+MAX_WAITS = 1000  # a host that never has room for a candidate
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ class Packer:
         for outcome in outcomes:
             place = f"{row.topic}/{row.partition}/{outcome['offset']}"
             if outcome["outcome"] == DEFERRED and (outcome["origin"] or place) not in held[outcome["reason"]]:
-                owed.append(self._retry(place, self._candidate(topic, row, outcome), 0.0))
+                index = retry_index(outcome["reason"])
+                owed.append(self._retry(place, self._candidate(topic, row, outcome), index, Unanswered("")))
             if outcome["outcome"] in (REJECTED, DEAD) and outcome["reason"] != Reason.NO_RECORD:  # a report: twice is better than never
                 owed.append(_dead_letter(place, outcome["url"], outcome["reason"], "told again after a crash"))
         return owed
@@ -251,24 +253,32 @@ class Packer:
 
     def _defer(self, unit: Unit, taken: Taken, candidate: Candidate, why: Unanswered) -> Outcome:
         """To the next retry topic, or dead after the last."""
-        if candidate.attempt >= len(self.retry_delays_s):
+        if (why.asked and candidate.attempt >= len(self.retry_delays_s)) or candidate.waits >= MAX_WAITS:
             unit.after.append(_dead_letter(self._where(unit, taken), candidate.url, Reason.NO_ANSWER, why.detail))
             return _plain(taken, DEAD, Reason.NO_ANSWER)
-        unit.after.append(self._retry(self._where(unit, taken), candidate, why.after_s))
-        return _plain(taken, DEFERRED, retry_topic(candidate.attempt))
+        index = self._delay(candidate, why)
+        unit.after.append(self._retry(self._where(unit, taken), candidate, index, why))
+        return _plain(taken, DEFERRED, retry_topic(index))
+
+    def _delay(self, candidate: Candidate, why: Unanswered) -> int:
+        """The retry topic: the next one, or the first that waits long enough.  All that is in one topic waits equally long, so its head is
+        the first to be due, and nothing is parked behind a record that a server has put off for a day (unless no topic waits so long)."""
+        first, last = (candidate.attempt if why.asked else 0), len(self.retry_delays_s) - 1
+        return next((i for i in range(first, last) if self.retry_delays_s[i] >= why.after_s), last)
 
     def _where(self, unit: Unit, taken: Taken) -> str:
         """Names an offset for ever."""
         return f"{place_name(self.log, unit.topic)}/{unit.partition}/{taken.offset}"
 
-    def _retry(self, place: str, candidate: Candidate, after_s: float) -> NewRecord:
+    def _retry(self, place: str, candidate: Candidate, index: int, why: Unanswered) -> NewRecord:
         later = dataclasses.replace(
             candidate,
-            attempt=candidate.attempt + 1,
-            not_before=self.clock() + max(self.retry_delays_s[candidate.attempt], after_s),
+            attempt=candidate.attempt + why.asked,
+            waits=candidate.waits + (not why.asked),
+            not_before=self.clock() + max(self.retry_delays_s[index], why.after_s),
             origin=candidate.origin or place,  # where it first stood in the log
         )
-        return NewRecord(retry_topic(candidate.attempt), politeness_key(candidate.url), later.to_json())
+        return NewRecord(retry_topic(index), politeness_key(candidate.url), later.to_json(MAX_BYTES + ROOM))
 
 
 def group_of(log: EventLog) -> str:

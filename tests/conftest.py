@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: idle threads must not spin while roles run beside the tests
+settings.register_profile("streamlearn", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines are no bug
+settings.load_profile("streamlearn")
 REPO = Path(__file__).resolve().parent.parent
 
 

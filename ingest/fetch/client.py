@@ -61,6 +61,7 @@ class Unanswered:
 
     detail: str
     after_s: float = 0.0
+    asked: bool = True  # false: it was not the host's turn, nobody asked
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class _Left:
 class _Again(Exception):
     """This try failed in a way that may pass."""
 
-    def __init__(self, detail: str, after_s: float = 0.0):
+    def __init__(self, detail: str, after_s: float = 0.0, *, asked: bool = True):
         super().__init__(detail)
-        self.after_s = after_s
+        self.after_s, self.asked = after_s, asked
 
 
 class Client:
@@ -95,6 +96,7 @@ class Client:
         self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
         self.token = robots.product_token(config.user_agent)
         self.hosts = Hosts(config)
+        self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
         self.robots = robots.Robots(
             self._robots_txt,
             token=self.token,
@@ -131,17 +133,17 @@ class Client:
         """The image of a candidate, or why there is none."""
         if candidate.url.startswith("file:"):
             return await asyncio.to_thread(self._read_file, candidate.url)
-        detail, after = "", 0.0
+        answer = Unanswered("")
         for attempt in range(self.config.attempts):
             if attempt:
                 await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
             try:
                 return await self._try(candidate.url)
             except _Again as e:
-                detail, after = str(e), e.after_s
-                if after:
+                answer = Unanswered(str(e), e.after_s, e.asked or attempt > 0)
+                if e.after_s:
                     break  # it was said when to come back: no quick tries before that
-        return Unanswered(detail, after)
+        return answer
 
     async def _try(self, url: str) -> Fetched | Refused:
         left, at = _Left(self.config.total_timeout_s), _address(url)
@@ -187,11 +189,12 @@ class Client:
         """One request, in its host's turn, and what `read` makes of the answer.  Raises _Again."""
         turn = await self.hosts.turn(host_of(url), delay_s)
         if isinstance(turn, Busy):
-            raise _Again(turn.why, turn.after_s)
+            raise _Again(turn.why, turn.after_s, asked=False)
         began = time.monotonic()
         with turn:
             try:
                 async with (
+                    self.room,
                     asyncio.timeout(max(0.001, left.seconds)),
                     self._session.get(url, allow_redirects=False, headers=headers) as answer,
                 ):
@@ -236,7 +239,7 @@ class Client:
         body = await _capped(answer, self.config.max_bytes)
         if len(body) > self.config.max_bytes:  # whatever was announced
             return Refused(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", 200)
-        return _Body(body, answer.headers.get("ETag", "")[:256], answer.headers.get("Last-Modified", "")[:64])
+        return _Body(body, _told(answer, "ETag", 256), _told(answer, "Last-Modified", 64))
 
     async def _robots_txt(self, url: URL) -> robots.Page:
         """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request."""
@@ -276,6 +279,8 @@ class Client:
                 body = f.read(self.config.max_bytes + 1)
         except FileNotFoundError:
             return Refused(Reason.GONE, f"{path} is not there any more")
+        except (ValueError, RuntimeError) as e:  # a NUL in the name; links that go round
+            return Refused(Reason.BAD_URL, f"{url[:200]!a}: {e}")
         except OSError as e:
             return Unanswered(f"{path}: {e}")
         if len(body) > self.config.max_bytes:
@@ -306,6 +311,11 @@ async def _page(answer: aiohttp.ClientResponse) -> robots.Page | str:
         return robots.Page(answer.status, detail=f"HTTP {answer.status}")
     aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("Cache-Control", "").lower(), re.ASCII)
     return robots.Page(answer.status, await _capped(answer, robots.BODY_BYTES), float(aged.group(1)) if aged else None)
+
+
+def _told(answer: aiohttp.ClientResponse, header: str, most: int) -> str:
+    """A header as text that every file can hold; aiohttp smuggles bytes that are no UTF-8 through as surrogates."""
+    return answer.headers.get(header, "").encode(errors="replace").decode()[:most]
 
 
 async def _capped(answer: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -72,7 +72,6 @@ class Fetcher:
         self.packer = Packer(log, store, catalog, retry_delays_s=config.fetch.retry_delays_s)
         self.spool, self.hosts_file = home / "spool", home / "hosts.json"
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
-        self.room = asyncio.Semaphore(config.fetch.concurrency)
         self.outcomes: Counter[str] = Counter()
         self.shards = self.images = 0  # sealed by this process
         self.before = (0, 0)  # shards and images that were there when it started

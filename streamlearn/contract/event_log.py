@@ -26,6 +26,11 @@ def retry_topic(index: int) -> str:
     return f"retry.{index}"
 
 
+def retry_index(topic: str) -> int:
+    """The other way round."""
+    return int(topic.removeprefix("retry."))
+
+
 @dataclass(frozen=True)
 class Record:
     topic: str

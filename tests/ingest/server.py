@@ -91,11 +91,20 @@ class Site:
             raise web.HTTPFound("file:///etc/passwd")
         if name == "busy":
             raise web.HTTPTooManyRequests(headers={"Retry-After": "77"})
+        if name == "bytes":
+            return await self._raw(request, b'ETag: "\xff\xfe"\r\nLast-Modified: \xe9t\xe9\r\n')
         if name == "stalled":
             await asyncio.sleep(30)
         if name in ("endless", "drip", "lying"):
             return await self._pour(request, name)
         raise web.HTTPNotFound
+
+    async def _raw(self, request, headers):
+        """An answer whose headers are not text."""
+        body = picture(4)
+        request.transport.write(b"HTTP/1.1 200 OK\r\n" + headers + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        request.transport.close()
+        return web.Response()
 
     async def _pour(self, request, name):
         response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})

@@ -129,3 +129,18 @@ def test_a_file_cut_short_anywhere_is_never_stored(kind, size):
 def test_no_body_of_the_table_takes_the_default_caps_as_an_image():
     caps = FetchConfig()
     assert [n for n, b in BODIES.items() if isinstance(screen(b, max_pixels=caps.max_pixels, min_side=caps.min_side), Seen)] == []
+
+
+def test_headers_that_are_no_text_are_made_text(site, tmp_path):
+    """They go into JSON and parquet, which hold nothing else."""
+    got = fetch(f"{site.base}/trouble/bytes")
+    assert isinstance(got, Fetched) and '"' in got.etag
+    for text in (got.etag, got.last_modified):
+        text.encode()
+
+
+def test_a_file_name_that_is_none_is_refused(tmp_path):
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    for url in ("file:///a%00b.jpg", f"file://{tmp_path}/loop.jpg"):
+        got = fetch(url, folders=(tmp_path,))
+        assert isinstance(got, Refused) and got.reason in (Reason.BAD_URL, Reason.OUTSIDE), got
