@@ -29,6 +29,7 @@ class Lane:
         self.position = self.next = 0  # sealed up to here; next offset to read
         self.unit: Unit | None = None
         self.waiting: deque[tuple[Record, asyncio.Task[Taken]]] = deque()  # in offset order
+        self.held = 0  # bytes of finished images that wait
         self.seen: set[str] = set()  # origins met in this partition (retry topics)
         self.parked: Record | None = None  # a retry that is not due yet
         self.window = max(2, fetcher.config.fetch.concurrency)
@@ -59,19 +60,21 @@ class Lane:
         while self.waiting and self.waiting[0][1].done():
             _, task = self.waiting.popleft()
             self._take(task.result())
-            if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-                await self._seal()
-        if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-            await self._seal()
+            await self._seal_if_full()
+        await self._seal_if_full()
         await self._read_ahead()
         if self.waiting:
             await asyncio.wait([self.waiting[0][1]], timeout=IDLE_S)
         else:
             await asyncio.sleep(IDLE_S)
 
+    async def _seal_if_full(self) -> None:
+        if self.unit and (self.unit.full(self.fetcher.config.shard, time.monotonic()) or self.fetcher.crowded_by(self)):
+            await self._seal()
+
     async def _read_ahead(self) -> None:
         room = self.window - len(self.waiting)
-        if room <= 0:
+        if room <= 0 or not self.fetcher.room_for(self):
             return
         for record in await self.fetcher.read(self.fetcher.log.read, self.topic, self.partition, self.next, room):
             try:
@@ -96,10 +99,13 @@ class Lane:
         result = await self.client.fetch(candidate)
         self.fetcher.metrics.seconds.observe(time.perf_counter() - began)
         if isinstance(result, Fetched):
+            self.held += len(result.body)
             self.fetcher.metrics.bytes.inc(len(result.body))
         return Taken(offset, candidate, result)
 
     def _take(self, taken: Taken) -> None:
+        if isinstance(taken.result, Fetched):
+            self.held -= len(taken.result.body)
         if self.unit is None:
             spool = self.fetcher.spool / f"{self.topic}-{self.partition}-{self.position:020d}.tar"
             self.unit = Unit(self.topic, self.partition, self.position, spool, time.monotonic())
@@ -158,11 +164,17 @@ class Lane:
         for task in tasks:
             task.cancel()
         self.waiting.clear()
+        self.held = 0
         if self.unit is not None:
             with contextlib.suppress(FileNotFoundError):
                 self.unit.drop()
             self.unit = None
         return tasks
+
+    @property
+    def spooled(self) -> int:
+        """Bytes of the open unit."""
+        return self.unit.writer.size if self.unit else 0
 
     def oldest_age(self) -> float:
         """Seconds since the oldest record was appended that the catalog does not cover; a parked retry is not late."""

@@ -130,6 +130,19 @@ class Fetcher:
             lane = Lane(self, client, *place)
             self.lanes[place] = (lane, asyncio.create_task(lane.run()))
 
+    def room_for(self, lane: Lane) -> bool:
+        """Whether a lane may ask for more.  One that has nothing in flight may always: images wait for those before them, never for others."""
+        held = sum(other.held for other, _ in self.lanes.values())
+        return self.spooled() < self.config.fetch.spool_bytes and (held < self.config.fetch.buffer_bytes or not lane.waiting)
+
+    def crowded_by(self, lane: Lane) -> bool:
+        """Whether the spool is full, and most by this lane."""
+        return self.spooled() >= self.config.fetch.spool_bytes and all(lane.spooled >= other.spooled for other, _ in self.lanes.values())
+
+    def spooled(self) -> int:
+        """Bytes of open units."""
+        return sum(lane.spooled for lane, _ in self.lanes.values())
+
     async def _measure(self) -> None:
         """How far behind we are; asked of the log, so not too often."""
         while True:
@@ -181,7 +194,7 @@ class Fetcher:
         self.metrics.heartbeat.set_to_current_time()
         lanes = [lane for lane, _ in self.lanes.values()]
         oldest = max((lane.oldest_age() for lane in lanes), default=0.0)
-        spooled = sum(lane.unit.writer.size for lane in lanes if lane.unit)
+        spooled = self.spooled()
         self.metrics.lag.set(self.lag)
         self.metrics.oldest.set(oldest)
         self.metrics.spool.set(spooled)

@@ -80,6 +80,10 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
+    buffer_bytes: int = Field(
+        default=2**28, ge=2**20
+    )  # of images that wait in memory for the ones before them; then nothing more is asked for
+    spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
     max_redirects: int = Field(default=5, ge=0)  # each checked like the first address

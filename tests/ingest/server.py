@@ -62,7 +62,7 @@ class Site:
     """Serves pictures at /<n>.jpg and trouble at /trouble/<name>; counts requests."""
 
     def __init__(self):
-        self.hits, self.fail_first, self.down = {}, {}, False
+        self.hits, self.fail_first, self.down, self.size = {}, {}, False, None
 
     def application(self):
         app = web.Application()
@@ -76,7 +76,8 @@ class Site:
         self.hits[n] = self.hits.get(n, 0) + 1
         if self.down or self.hits[n] <= self.fail_first.get(n, 0):
             raise web.HTTPServiceUnavailable
-        return web.Response(body=picture(n), content_type="text/plain", headers={"ETag": f'"{n}"'})  # a lying type
+        body = picture(n, size=self.size) if self.size else picture(n)
+        return web.Response(body=body, content_type="text/plain", headers={"ETag": f'"{n}"'})  # a lying type
 
     async def trouble(self, request):
         name = request.match_info["name"]
