@@ -58,7 +58,7 @@ class StoreConfig(Section):
     region: str = "us-east-1"  # of the bucket
     path_style: bool = False  # the bucket in the path, not in the host name: for stores without wildcard DNS
     ca_bundle: str = ""  # file of CA certificates (PEM) that sign the endpoint's; empty: the system's
-    part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=5 * 2**30)  # of a multipart upload; files under two parts go in one request
+    part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=5 * 2**30)  # of an upload; files under two go in one request
     attempts: int = Field(default=5, ge=1)  # tries of one request, with growing pauses, before the role backs off
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     read_timeout_s: float = Field(default=30.0, gt=0)  # between two bytes of an answer
@@ -66,9 +66,9 @@ class StoreConfig(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.kind == "s3" and not self.bucket:
-            raise ValueError("bucket = '': kind \"s3\" needs one; set store.bucket, or store.kind to \"folder\"")
+            raise ValueError("kind 's3' needs store.bucket; set it, or set store.kind to 'folder'")
         if self.prefix and not is_key(self.prefix):
-            raise ValueError(f"prefix = {self.prefix!r}: must be a relative path without empty or hidden parts, such as \"streamlearn/main\"")
+            raise ValueError(f"prefix = {self.prefix!r}: must be a relative path without empty or hidden parts, such as streamlearn/main")
         return self
 
 
