@@ -91,8 +91,8 @@ class FaultProxy:
         try:
             while await self._exchange(reader, writer):
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return  # the client hung up
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            return  # the client hung up, or the test is over
         finally:
             writer.close()
 

@@ -1,6 +1,7 @@
 """A bucket for tests: moto's S3 server on the loopback, one for the session, and a fresh bucket for every test."""
 
 import functools
+import logging
 import threading
 import uuid
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def _client(url: str):
 def s3_server() -> Iterator[tuple[str, int]]:
     from moto.server import ThreadedMotoServer  # a second to import, and most tests do without
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request buries what a failed test says
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     server._server.app = OneAtATime(server._server.app)
