@@ -282,6 +282,11 @@ def delta_options(config: StoreConfig) -> dict[str, str]:
     delta-rs reads the environment and instance roles by itself, and must where keys expire; what lies in files it does not know
     the way boto3 does, so fixed keys are handed over.
     """
+    if config.ca_bundle and not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
+        raise ConfigError(
+            f"store.ca_bundle = {config.ca_bundle!r}: the catalog's library takes CAs from the environment only; set SSL_CERT_FILE to "
+            "a file that holds these and the system's (the fetcher reads it too)"
+        )
     url = urlsplit(config.endpoint_url)
     virtual = not config.path_style and "." not in config.bucket and not _is_address(url.hostname)
     options = {

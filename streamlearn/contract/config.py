@@ -57,7 +57,7 @@ class StoreConfig(Section):
     endpoint_url: str = ""  # of an S3-compatible store; empty: AWS
     region: str = "us-east-1"  # of the bucket
     path_style: bool = False  # the bucket in the path, not in the host name: for stores without wildcard DNS
-    ca_bundle: str = ""  # file of CA certificates (PEM) that sign the endpoint's; empty: the system's
+    ca_bundle: str = ""  # file of CA certificates (PEM) that sign the endpoint's; empty: the system's. The catalog: SSL_CERT_FILE too
     part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=5 * 2**30)  # of an upload; files under two go in one request
     attempts: int = Field(default=5, ge=1)  # tries of one request, with growing pauses, before the role backs off
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
