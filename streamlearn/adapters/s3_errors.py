@@ -32,14 +32,11 @@ BACK_OFF_S = 5.0  # the SDK has tried for some seconds already
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "EntityQuotaExceeded"}  # Ceph, MinIO
 _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired", "InvalidSecurity"}
 _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
-# 4xx that speak of this transfer, not of the set-up: bytes damaged or late on the way, a lost race, an upload that ended elsewhere
+# 4xx that speak of this transfer, not of the set-up: bytes damaged or late on the way, an upload that ended elsewhere
 _PASSING = {
     "BadDigest",
-    "ConditionalRequestConflict",
     "IncompleteBody",
     "NoSuchUpload",
-    "OperationAborted",
-    "PreconditionFailed",
     "RequestTimeout",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
