@@ -54,6 +54,7 @@ class FaultProxy:
         self.server, self.tls = server, tls
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str, str]] = []
+        self.headers: list[dict[str, str]] = []  # of the same requests; names in lower case
         self._loop = asyncio.new_event_loop()
         self._released = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
@@ -105,6 +106,7 @@ class FaultProxy:
         if fault:
             fault.times -= 1
         self.seen.append((method, path, act))
+        self.headers.append(request.fields)
         if act == "reset_before":
             writer.transport.abort()
             return False

@@ -1,5 +1,6 @@
 """S3 at its worst: busy, cut off before and after the deed, stalled, half an answer.  The suite of all stores is tests/contract's."""
 
+import base64
 import hashlib
 import socket
 import subprocess
@@ -372,3 +373,23 @@ def test_a_full_disk_is_a_fault_that_passes_and_leaves_no_half_copy(store, tiny_
     with pytest.raises(StoreFull, match="no space left"):
         store.get_file("k", tiny_disk / "copy")
     assert list(tiny_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("put", ["put", "put_file", "put_if_absent"])
+def test_every_put_carries_the_sha256_that_s3_checks_it_against(behind, file, put):
+    """S3 refuses other bytes than these; moto does not look."""
+    watched, proxy = behind()
+    getattr(watched, put)("k", file if put == "put_file" else DATA)
+    assert [h.get("x-amz-checksum-sha256") for h in proxy.headers] == [sha256_of(DATA)]
+
+
+def test_every_part_carries_its_own(behind, big):
+    watched, proxy = behind(part_bytes=PART)
+    watched.put_file("k", big)
+    parts = [h["x-amz-checksum-sha256"] for h, (method, _, _) in zip(proxy.headers, proxy.seen, strict=True) if method == "PUT"]
+    data = big.read_bytes()
+    assert parts == [sha256_of(data[:PART]), sha256_of(data[PART : 2 * PART]), sha256_of(data[2 * PART :])]
+
+
+def sha256_of(data):
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
