@@ -1,1 +1,1 @@
-"""Heavy clients behind the seams of contract/: chosen by the composition root alone."""
+"""The deployed side of the seams: each passes the suite of the embedded default in contract/, and only the composition root chooses it."""

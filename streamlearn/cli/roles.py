@@ -17,11 +17,12 @@ from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, StreamlearnError
 from streamlearn.contract.event_log import EventLog, SqliteLog
-from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.object_store import FolderStore, ObjectStore
 from streamlearn.contract.registry import OciLayout
 from streamlearn.contract.status import Heartbeat
 
 ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+CATALOG = "catalog/shards"
 logger = logging.getLogger("streamlearn")
 
 
@@ -39,11 +40,19 @@ class Home:
             return KafkaLog(self.config.log.kafka)
         return SqliteLog(self.path / "log.sqlite")
 
-    def store(self) -> FolderStore:
+    def store(self) -> ObjectStore:
+        if self.config.store.kind == "s3":
+            from streamlearn.adapters.s3_store import S3Store
+
+            return S3Store(self.config.store)
         return FolderStore(self.path / "store")
 
     def catalog(self, log_id: str) -> DeltaCatalog:
-        return DeltaCatalog(str(self.path / "store" / "catalog" / "shards"), log_id=log_id)
+        if self.config.store.kind == "s3":
+            from streamlearn.adapters.s3_store import S3Store, delta_options
+
+            return DeltaCatalog(S3Store(self.config.store).uri(CATALOG), log_id=log_id, storage_options=delta_options(self.config.store))
+        return DeltaCatalog(str(self.path / "store" / CATALOG), log_id=log_id)
 
     def registry(self) -> OciLayout:
         return OciLayout(self.path / "registry")

@@ -156,6 +156,7 @@ def _compatible(before: Config, after: Config, folder: Path) -> None:
     old, new = before.model_dump(), after.model_dump()
     pairs: list[tuple[str, Any, Any]] = [(name, old[name], new[name]) for name in FIXED]
     pairs += [(f"log.{name}", old["log"][name], new["log"][name]) for name in ("kind", "partitions")]
+    pairs += [(f"store.{name}", old["store"][name], new["store"][name]) for name in ("kind", "bucket", "prefix")]
     pairs += [(f"stream.{name}", old["stream"][name], new["stream"][name]) for name in FIXED_STREAM]
     pairs += [("train.batch", old["train"]["batch"], new["train"]["batch"])]
     for name, one, other in pairs:

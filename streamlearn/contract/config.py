@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from streamlearn.contract.object_store import is_key
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -69,6 +71,30 @@ class LogConfig(Section):
     def _servers(self) -> Self:
         if self.kind == "kafka" and not self.kafka.servers:
             raise ValueError("kind = 'kafka' needs log.kafka.servers, a list of host:port")
+        return self
+
+
+class StoreConfig(Section):
+    """Where shards, rounds, checkpoints and the catalog lie.  S3 credentials come from boto3's own chain (environment, files, instance role)."""
+
+    kind: Literal["folder", "s3"] = "folder"  # a folder of the home, or a bucket
+    bucket: str = ""  # required for s3; it must exist
+    prefix: str = ""  # put before every key, as a folder; empty: the whole bucket
+    endpoint_url: str = ""  # of an S3-compatible store; empty: AWS
+    region: str = "us-east-1"  # of the bucket
+    path_style: bool = False  # the bucket in the path, not in the host name: for stores without wildcard DNS
+    ca_bundle: str = ""  # file of CA certificates (PEM) that sign the endpoint's; empty: the system's. The catalog: SSL_CERT_FILE too
+    part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=5 * 2**30)  # of an upload; files under two go in one request
+    attempts: int = Field(default=5, ge=1)  # tries of one request, with growing pauses, before the role backs off
+    connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
+    read_timeout_s: float = Field(default=30.0, gt=0)  # between two bytes of an answer
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "s3" and not self.bucket:
+            raise ValueError("kind 's3' needs store.bucket; set it, or set store.kind to 'folder'")
+        if self.prefix and not is_key(self.prefix):
+            raise ValueError(f"prefix = {self.prefix!r}: must be a relative path without empty or hidden parts, such as streamlearn/main")
         return self
 
 
@@ -278,6 +304,7 @@ class Config(Section):
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
     connectors: tuple[ConnectorConfig, ...] = ()
     log: LogConfig = LogConfig()
+    store: StoreConfig = StoreConfig()
     fetch: FetchConfig = FetchConfig()
     shard: ShardConfig = ShardConfig()
     stream: StreamConfig = StreamConfig()

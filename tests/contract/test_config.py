@@ -23,6 +23,9 @@ WRONG = [
     ("[[connectors]]\nname = 'a'\npath = 'x'", "connectors.0.kind: required, and has no default"),
     ("[[connectors]]\nname='a'\nkind='urls'\npath='x'\n[[connectors]]\nname='a'\nkind='urls'\npath='y'", "names must differ"),
     ("[objective]\nepsilon = 0.001", "objective.epsilon = 0.001: input should be greater than or equal to 0.005"),
+    ("[store]\nkind = 's3'", "kind 's3' needs store.bucket; set it, or set store.kind to 'folder'"),
+    ("[store]\nprefix = 'a/'", "prefix = 'a/': must be a relative path"),
+    ("[store]\npart_bytes = 1000", "store.part_bytes = 1000: input should be greater than or equal to 5242880"),
     ("nonsense", "not TOML"),
 ]
 
