@@ -38,7 +38,8 @@ CONCURRENCY = 32
 
 def ours(urls: Sequence[str], home: Path) -> None:
     config = Config(
-        fetch=FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=CONCURRENCY, per_host=CONCURRENCY), shard=ShardConfig(max_age_s=0.5)
+        fetch=FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=CONCURRENCY, per_host=CONCURRENCY, host_rate=0),
+        shard=ShardConfig(max_age_s=0.5),
     )
     log, store = SqliteLog(home / "log.sqlite"), FolderStore(home / "store")
     catalog = DeltaCatalog(str(home / "catalog"), log_id=log.log_id)

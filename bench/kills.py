@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.real import DATA, finished
 from streamlearn.cli.roles import Home
-from streamlearn.contract.config import from_json
+from streamlearn.contract.config_file import from_json
 from streamlearn.contract.shards import OUTCOMES, index_shard, read_sidecar, sidecar_key
 from streamlearn.contract.status import read_status
 from streamlearn.learn.checkpoint import Checkpoints
@@ -38,6 +38,7 @@ kind = "urls"
 path = "{home}/urls.txt"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
+host_rate = 0
 concurrency = 8
 [shard]
 max_samples = 40

@@ -35,6 +35,7 @@ kind = "urls"
 path = "{urls}"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
+host_rate = 0
 [shard]
 max_samples = 1000
 max_age_s = 10
@@ -82,6 +83,7 @@ kind = "urls"
 path = "{urls}"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
+host_rate = 0
 [shard]
 max_samples = 128
 max_age_s = 10

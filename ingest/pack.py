@@ -37,11 +37,11 @@ from typing import Any
 
 from ingest.fetch.client import Fetched, Unanswered
 from ingest.fetch.screen import Reason, Refused
-from streamlearn.contract.candidate import Candidate, politeness_key
+from streamlearn.contract.candidate import MAX_BYTES, ROOM, Candidate, politeness_key
 from streamlearn.contract.catalog import Advance, Catalog, ShardRow
 from streamlearn.contract.config import ShardConfig
 from streamlearn.contract.errors import Corrupt, OffsetGap
-from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, retry_topic
+from streamlearn.contract.event_log import DEAD_LETTERS, SHARDS, EventLog, NewRecord, place_name, retry_index, retry_topic
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import (
     DEAD,
@@ -59,6 +59,7 @@ from streamlearn.contract.shards import (
 from streamlearn.contract.status import now
 
 GROUP = "streamlearn-fetch"
+MAX_WAITS = 1000  # a host that never has room for a candidate
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Taken:
     candidate: Candidate | None  # None: the record was no candidate
     result: Fetched | Refused | Unanswered | None
     again: bool = False  # a retry that stands in the log twice
+    absent: bool = False  # the log holds no record of this offset, though it does of later ones
 
 
 @dataclass
@@ -123,6 +125,8 @@ class Packer:
         candidate, result = taken.candidate, taken.result
         if taken.again:
             outcome = _plain(taken, DUPLICATE, "same_retry")
+        elif taken.absent:
+            outcome = _plain(taken, REJECTED, Reason.NO_RECORD)
         elif isinstance(result, Fetched) and candidate is not None:
             outcome = self._store(unit, taken.offset, candidate, result)
         elif isinstance(result, Unanswered) and candidate is not None:
@@ -130,7 +134,7 @@ class Packer:
         else:
             refused = result if isinstance(result, Refused) else Refused(Reason.BAD_RECORD, "not a candidate")
             outcome = _plain(taken, REJECTED, refused.reason, refused.http_status)
-            unit.after.append(_dead_letter(f"{unit.topic}/{unit.partition}/{taken.offset}", outcome.url, refused.reason, refused.detail))
+            unit.after.append(_dead_letter(self._where(unit, taken), outcome.url, refused.reason, refused.detail))
         unit.outcomes.append(outcome)
         return outcome
 
@@ -140,12 +144,12 @@ class Packer:
         if not unit.committed:
             self.store.put_file(row.key, unit.spool)
             self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
-            self.catalog.commit([row], [Advance(unit.topic, unit.partition, unit.start, unit.end)])
+            self.catalog.commit([row], [Advance(row.topic, unit.partition, unit.start, unit.end)])
             unit.committed = True
         if unit.after:
             self.log.append(unit.after)
             unit.after = []
-        self.log.commit(GROUP, {(unit.topic, unit.partition): unit.end})
+        self.log.commit(group_of(self.log), {(unit.topic, unit.partition): unit.end})
         self.log.append([NewRecord(SHARDS, row.key.encode(), json.dumps({"key": row.key, "samples": row.num_samples}).encode())])
         unit.spool.unlink(missing_ok=True)
         unit.spool.with_suffix(".parquet").unlink(missing_ok=True)
@@ -153,27 +157,29 @@ class Packer:
 
     def recover(self, topic: str, partition: int) -> int:
         """The position to go on from, once steps 5 and 6 of every unit below it are done.  Raises Retryable."""
-        position, done = self.catalog.position(topic, partition), self.log.committed(GROUP, topic, partition) or 0
+        named = place_name(self.log, topic)
+        position, done = self.catalog.position(named, partition), self.log.committed(group_of(self.log), topic, partition) or 0
         if done >= position:
             return position
         for row in self.catalog.rows():
-            if (row.topic, row.partition) == (topic, partition) and done < row.end_offset <= position:
-                owed = self._owed(row)
+            if (row.topic, row.partition) == (named, partition) and done < row.end_offset <= position:
+                owed = self._owed(topic, row)
                 if owed:
                     self.log.append(owed)
-        self.log.commit(GROUP, {(topic, partition): position})
+        self.log.commit(group_of(self.log), {(topic, partition): position})
         return position
 
-    def _owed(self, row: ShardRow) -> list[NewRecord]:
+    def _owed(self, topic: str, row: ShardRow) -> list[NewRecord]:
         """Retries that a committed sidecar decided and the log does not hold; its dead letters."""
         outcomes = read_sidecar(self.store.get(sidecar_key(row.key))).to_pylist()
-        held = {topic: self._held(topic) for topic in {o["reason"] for o in outcomes if o["outcome"] == DEFERRED}}
+        held = {name: self._held(name) for name in {o["reason"] for o in outcomes if o["outcome"] == DEFERRED}}
         owed = []
         for outcome in outcomes:
             place = f"{row.topic}/{row.partition}/{outcome['offset']}"
             if outcome["outcome"] == DEFERRED and (outcome["origin"] or place) not in held[outcome["reason"]]:
-                owed.append(self._retry(row.topic, row.partition, outcome["offset"], self._candidate(row, outcome), 0.0))
-            if outcome["outcome"] in (REJECTED, DEAD):  # a report: twice is better than never
+                index = retry_index(outcome["reason"])
+                owed.append(self._retry(place, self._candidate(topic, row, outcome), index, Unanswered("")))
+            if outcome["outcome"] in (REJECTED, DEAD) and outcome["reason"] != Reason.NO_RECORD:  # a report: twice is better than never
                 owed.append(_dead_letter(place, outcome["url"], outcome["reason"], "told again after a crash"))
         return owed
 
@@ -181,10 +187,10 @@ class Packer:
         """Origins of every retry in a topic."""
         return set().union(*(origins(self.log, topic, p, self.log.bounds(topic, p)[1]) for p in range(self.log.partitions(topic))))
 
-    def _candidate(self, row: ShardRow, outcome: dict[str, Any]) -> Candidate:
+    def _candidate(self, topic: str, row: ShardRow, outcome: dict[str, Any]) -> Candidate:
         """As the log has it; once the log has dropped it, as the sidecar knows it."""
         with contextlib.suppress(OffsetGap):
-            (record,) = self.log.read(row.topic, row.partition, outcome["offset"], 1)
+            (record,) = self.log.read(topic, row.partition, outcome["offset"], 1)
             return Candidate.from_json(record.value)
         known = {name: outcome[name] for name in ("url", "source", "source_ref", "license", "attempt", "origin")}
         return Candidate(discovered_at=now(), **known)
@@ -197,12 +203,13 @@ class Packer:
         write_sidecar(unit.spool.with_suffix(".parquet"), unit.outcomes)
         fetched = sorted(o.fetched_at for o in unit.outcomes if o.outcome == STORED)
         day = (fetched[0] if fetched else now())[:10]
+        topic = place_name(self.log, unit.topic)
         return ShardRow(
-            key=shard_key(day, unit.topic, unit.partition, unit.start, unit.end, sha256),
+            key=shard_key(day, topic, unit.partition, unit.start, unit.end, sha256),
             sha256=sha256,
             bytes=size,
             num_samples=unit.writer.num_samples,
-            topic=unit.topic,
+            topic=topic,
             partition=unit.partition,
             first_offset=unit.start,
             end_offset=unit.end,
@@ -238,7 +245,7 @@ class Packer:
             "attempt": candidate.attempt,
             "origin": candidate.origin,
         }
-        place = {"topic": unit.topic, "partition": unit.partition, "offset": offset}
+        place = {"topic": place_name(self.log, unit.topic), "partition": unit.partition, "offset": offset}
         start = unit.writer.add(offset, got.body, got.seen.ext, fields | place | ({"alt": candidate.alt} if candidate.alt else {}))
         unit.known[candidate.url] = sha256
         size = len(got.body)
@@ -246,20 +253,37 @@ class Packer:
 
     def _defer(self, unit: Unit, taken: Taken, candidate: Candidate, why: Unanswered) -> Outcome:
         """To the next retry topic, or dead after the last."""
-        if candidate.attempt >= len(self.retry_delays_s):
-            unit.after.append(_dead_letter(f"{unit.topic}/{unit.partition}/{taken.offset}", candidate.url, Reason.NO_ANSWER, why.detail))
+        if (why.asked and candidate.attempt >= len(self.retry_delays_s)) or candidate.waits >= MAX_WAITS:
+            unit.after.append(_dead_letter(self._where(unit, taken), candidate.url, Reason.NO_ANSWER, why.detail))
             return _plain(taken, DEAD, Reason.NO_ANSWER)
-        unit.after.append(self._retry(unit.topic, unit.partition, taken.offset, candidate, why.after_s))
-        return _plain(taken, DEFERRED, retry_topic(candidate.attempt))
+        index = self._delay(candidate, why)
+        unit.after.append(self._retry(self._where(unit, taken), candidate, index, why))
+        return _plain(taken, DEFERRED, retry_topic(index))
 
-    def _retry(self, topic: str, partition: int, offset: int, candidate: Candidate, after_s: float) -> NewRecord:
+    def _delay(self, candidate: Candidate, why: Unanswered) -> int:
+        """The retry topic: the next one, or the first that waits long enough.  All that is in one topic waits equally long, so its head is
+        the first to be due, and nothing is parked behind a record that a server has put off for a day (unless no topic waits so long)."""
+        first, last = (candidate.attempt if why.asked else 0), len(self.retry_delays_s) - 1
+        return next((i for i in range(first, last) if self.retry_delays_s[i] >= why.after_s), last)
+
+    def _where(self, unit: Unit, taken: Taken) -> str:
+        """Names an offset for ever."""
+        return f"{place_name(self.log, unit.topic)}/{unit.partition}/{taken.offset}"
+
+    def _retry(self, place: str, candidate: Candidate, index: int, why: Unanswered) -> NewRecord:
         later = dataclasses.replace(
             candidate,
-            attempt=candidate.attempt + 1,
-            not_before=self.clock() + max(self.retry_delays_s[candidate.attempt], after_s),
-            origin=origin_of(topic, partition, offset, candidate),
+            attempt=candidate.attempt + why.asked,
+            waits=candidate.waits + (not why.asked),
+            not_before=self.clock() + max(self.retry_delays_s[index], why.after_s),
+            origin=candidate.origin or place,  # where it first stood in the log
         )
-        return NewRecord(retry_topic(candidate.attempt), politeness_key(candidate.url), later.to_json())
+        return NewRecord(retry_topic(index), politeness_key(candidate.url), later.to_json(MAX_BYTES + ROOM))
+
+
+def group_of(log: EventLog) -> str:
+    """The consumer group; its offsets, too, are of one making of the topics."""
+    return place_name(log, GROUP)
 
 
 def origins(log: EventLog, topic: str, partition: int, end: int) -> set[str]:
@@ -280,11 +304,6 @@ def origins(log: EventLog, topic: str, partition: int, end: int) -> set[str]:
 def _dead_letter(place: str, url: str, reason: str, detail: str) -> NewRecord:
     body = {"origin": place, "url": url, "reason": str(reason), "detail": detail[:500], "at": now()}
     return NewRecord(DEAD_LETTERS, place.encode(), json.dumps(body, ensure_ascii=False).encode())
-
-
-def origin_of(topic: str, partition: int, offset: int, candidate: Candidate) -> str:
-    """Names a candidate for ever: where it first stood in the log."""
-    return candidate.origin or f"{topic}/{partition}/{offset}"
 
 
 def _plain(taken: Taken, outcome: str, reason: str, status: int = 0) -> Outcome:

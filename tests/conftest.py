@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.adapters.s3 import bucket, s3_environment, s3_server  # noqa: F401  fixtures of all rooms: here, so that a session has one server
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: idle threads must not spin while roles run beside the tests
 settings.register_profile("streamlearn", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines are no bug
 settings.load_profile("streamlearn")

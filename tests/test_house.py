@@ -64,6 +64,13 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_adapters_are_chosen_only_where_roles_are_put_together(path):
+    if any(inside(module_of(path), room) for room in ("streamlearn.cli", "streamlearn.adapters", "bench")):
+        return
+    assert not {n for n in imports(path) if inside(n, "streamlearn.adapters")}, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_torch_lives_only_where_tensors_are(path):
     if any(inside(module_of(path), room) for room in LEARNING | {"bench"}) or module_of(path).startswith("streamlearn.cli"):
         return

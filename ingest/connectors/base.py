@@ -1,8 +1,9 @@
 """What a connector is: a source of candidates with a cursor.
 
 `discover` is a generator of (candidates, cursor, refused): everything that is there now, in batches, never waiting for more.  The
-runner appends each batch's candidates and its cursor in one append; `discover` is called again with the last cursor after `poll_s`.
-A cursor is a small JSON value; what it means is the connector's own business.
+runner appends each batch's candidates, then its cursor; `discover` is called again with the last cursor after `poll_s`.
+A cursor is a small JSON value; what it means is the connector's own business.  A batch that is discovered again after a crash must name
+its candidates as before (url, source_ref, etag), so that none is announced twice.
 """
 
 import json
@@ -36,9 +37,9 @@ class Connector(Protocol):
         """What is there beyond the cursor.  Raises Retryable for what may pass."""
 
 
-def dump(cursor: Cursor) -> bytes:
-    return json.dumps(cursor, separators=(",", ":")).encode()
+def dump(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, separators=(",", ":")).encode()
 
 
-def load(data: bytes | None) -> Cursor | None:
+def load(data: bytes | None) -> dict[str, Any] | None:
     return None if data is None else dict(json.loads(data))

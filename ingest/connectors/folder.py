@@ -32,7 +32,7 @@ class FolderConnector:
         rested = time.time_ns() - int(REST_S * 1e9)
         found = Found()
         for mtime, name, path in self._changed(at, named, rested):
-            candidate = Candidate(url=path.as_uri(), source=self.config.name, source_ref=name, discovered_at=now())
+            candidate = Candidate(url=path.as_uri(), source=self.config.name, source_ref=name, discovered_at=now(), etag=str(mtime))
             try:
                 candidate.to_json()
                 found.candidates.append(candidate)

@@ -1,32 +1,47 @@
-"""Fetch one image, safely.  What can go wrong, and who acts:
+"""Fetch one image, safely and politely.  What can go wrong, and who acts:
 
 * Refused        a value: counted, dead-lettered, the offset moves on (ingest.fetch.screen.Reason)
-* Unanswered     a value: every quick try failed in a way that may pass (5xx, 429, resets, time-outs, DNS): deferred to a retry topic
+* Unanswered     a value: every quick try failed in a way that may pass (5xx, 429, resets, time-outs, DNS), or it is not this host's turn,
+                 or its robots.txt cannot be had: deferred to a retry topic
 * anything else  a bug: the process ends with its traceback and is restarted
 
-Caps on connect time, total time, redirects, bytes; addresses checked on the socket (guard.py), every redirect like the first URL;
+Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint), then its origin's robots.txt (robots.py), then a turn
+is taken with its host (hosts.py), then it is asked for; the answer's headers may opt out (optout.py) before its body is read.
+
+Caps on connect time, total time, redirects, bytes; addresses checked on the socket (guard.py), for robots.txt too;
 one TLS context and one connection pool for the process; no proxies, no cookies, no credentials.
 """
 
 import asyncio
+import re
 import ssl
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
 import aiohttp
+from yarl import URL
 
+from ingest.fetch import optout, robots
 from ingest.fetch.guard import MARK, Guard, complaint
+from ingest.fetch.hosts import Busy, Hosts, Turn, host_of, retry_after_s
 from ingest.fetch.screen import Reason, Refused, Seen, screen
-from streamlearn.contract.candidate import Candidate, politeness_key
+from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import FetchConfig
 from streamlearn.contract.status import now
 
 CHUNK = 2**16  # bytes
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
+_NAMES_A_TIME = {429, 503}  # with Retry-After: for the whole host
+_ROBOTS_REDIRECTS = 5  # RFC 9309, 2.3.1.2
+_ROBOTS_HEADERS = {"Accept": "text/plain, */*;q=0.5", "Accept-Encoding": "identity"}
+_NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.I | re.A)  # or an IPv6 literal
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,18 +57,35 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """No answer yet; `after_s` if the server said when to come back."""
+    """No answer yet; `after_s` if it is known when to come back."""
 
     detail: str
     after_s: float = 0.0
+    asked: bool = True  # false: it was not the host's turn, nobody asked
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A whole body, not yet looked at."""
+
+    data: bytes
+    etag: str
+    last_modified: str
+
+
+@dataclass
+class _Left:
+    """Seconds left for the requests of one try; waiting for a host's turn costs none."""
+
+    seconds: float
 
 
 class _Again(Exception):
     """This try failed in a way that may pass."""
 
-    def __init__(self, detail: str, after_s: float = 0.0):
+    def __init__(self, detail: str, after_s: float = 0.0, *, asked: bool = True):
         super().__init__(detail)
-        self.after_s = after_s
+        self.after_s, self.asked = after_s, asked
 
 
 class Client:
@@ -62,7 +94,16 @@ class Client:
     def __init__(self, config: FetchConfig, folders: tuple[Path, ...] = ()):
         self.config, self.guard = config, Guard(config.allow_networks)
         self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
-        self._hosts: dict[bytes, asyncio.Semaphore] = {}
+        self.token = robots.product_token(config.user_agent)
+        self.hosts = Hosts(config)
+        self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
+        self.robots = robots.Robots(
+            self._robots_txt,
+            token=self.token,
+            ttl_s=config.robots_ttl_s,
+            retry_s=config.robots_retry_s,
+            entries=config.robots_entries,
+        )
 
     async def __aenter__(self) -> "Client":
         connector = aiohttp.TCPConnector(
@@ -85,75 +126,138 @@ class Client:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.robots.close()
         await self._session.close()
 
     async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered:
         """The image of a candidate, or why there is none."""
         if candidate.url.startswith("file:"):
             return await asyncio.to_thread(self._read_file, candidate.url)
-        if why := complaint(candidate.url):
-            return Refused(Reason.BAD_URL, why)
-        detail, after = "", 0.0
-        async with self._host(candidate.url):
-            for attempt in range(self.config.attempts):
-                if attempt:
-                    await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
-                try:
-                    return await self._try(candidate.url)
-                except _Again as e:
-                    detail, after = str(e), e.after_s
-                    if after:
-                        break  # the server named a time: no quick tries before it
-        return Unanswered(detail, after)
-
-    def _host(self, url: str) -> asyncio.Semaphore:
-        if len(self._hosts) > 65536:  # forget idle hosts: memory stays flat over months
-            self._hosts = {host: busy for host, busy in self._hosts.items() if busy.locked()}
-        return self._hosts.setdefault(politeness_key(url), asyncio.Semaphore(self.config.per_host))
+        answer = Unanswered("")
+        for attempt in range(self.config.attempts):
+            if attempt:
+                await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
+            try:
+                return await self._try(candidate.url)
+            except _Again as e:
+                answer = Unanswered(str(e), e.after_s, e.asked or attempt > 0)
+                if e.after_s:
+                    break  # it was said when to come back: no quick tries before that
+        return answer
 
     async def _try(self, url: str) -> Fetched | Refused:
-        deadline = time.monotonic() + self.config.total_timeout_s
-        for _ in range(self.config.max_redirects + 1):
-            if why := complaint(url):
-                return Refused(Reason.BAD_URL, f"{why} (after a redirect)")
-            try:
-                async with asyncio.timeout(max(0.001, deadline - time.monotonic())):
-                    found = await self._ask(url)
-            except TimeoutError:
-                raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
-            except (aiohttp.ClientError, OSError) as e:
-                if MARK in str(e):
-                    return Refused(Reason.ADDRESS, str(e)[str(e).index(MARK) :])
-                if isinstance(e, aiohttp.InvalidURL):
-                    return Refused(Reason.BAD_URL, str(e))
-                raise _Again(f"{type(e).__name__}: {e}") from e
-            if not isinstance(found, str):
+        left, at = _Left(self.config.total_timeout_s), _address(url)
+        for hop in range(self.config.max_redirects + 1):
+            if isinstance(at, str):
+                return Refused(Reason.BAD_URL, f"{at} (after a redirect)" if hop else at)
+            delay_s = await self._permission(at)
+            if isinstance(delay_s, Refused):
+                return delay_s
+            found = await self._request(at, delay_s, left, self._image)
+            if isinstance(found, Refused):
                 return found
-            url = urljoin(url, found)
+            if isinstance(found, _Body):  # looked at after the turn: the host need not wait for our processor
+                seen = await self._screen(found.data)
+                if isinstance(seen, Refused):
+                    return Refused(seen.reason, seen.detail, 200)
+                return Fetched(found.data, seen, str(at) if hop else url, now(), 200, found.etag, found.last_modified)
+            at = _address(found, at)
         return Refused(Reason.REDIRECTS, f"more than {self.config.max_redirects}")
 
-    async def _ask(self, url: str) -> Fetched | Refused | str:
-        """One request: an image, a refusal, or where it redirects to."""
-        async with self._session.get(url, allow_redirects=False) as answer:
-            if answer.status in _REDIRECTS and "Location" in answer.headers:
-                return answer.headers["Location"]
-            if answer.status in _MAY_PASS:
-                raise _Again(f"HTTP {answer.status}", _retry_after(answer.headers.get("Retry-After", "")))
-            if answer.status != 200:
-                return Refused(Reason.GONE, f"HTTP {answer.status}", answer.status)
-            if (answer.content_length or 0) > self.config.max_bytes:
-                return Refused(Reason.TOO_LARGE, f"{answer.content_length} bytes announced, over {self.config.max_bytes}", 200)
-            body = bytearray()
-            async for chunk in answer.content.iter_chunked(CHUNK):
-                body += chunk
-                if len(body) > self.config.max_bytes:  # whatever was announced
-                    answer.close()
-                    return Refused(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", 200)
-            etag, modified = answer.headers.get("ETag", "")[:256], answer.headers.get("Last-Modified", "")[:64]
-        seen = await self._screen(bytes(body))
-        if isinstance(seen, Refused):
-            return Refused(seen.reason, seen.detail, 200)
-        return Fetched(bytes(body), seen, url, now(), 200, etag, modified)
+    async def _permission(self, url: URL) -> float | Refused:
+        """The Crawl-delay under which robots.txt lets us ask for a URL, in seconds, 0 for none."""
+        if not self.config.robots:
+            return 0.0
+        verdict = await self.robots.verdict(url)
+        if isinstance(verdict, robots.Unknown):
+            raise _Again(verdict.detail, verdict.after_s)
+        if isinstance(verdict, robots.Disallowed):
+            return Refused(Reason.ROBOTS, f"{url}: {verdict.rule}")
+        delay_s = verdict.delay_s or 0.0
+        if delay_s > self.config.max_crawl_delay_s:
+            return Refused(Reason.CRAWL_DELAY, f"{delay_s:g} s between requests, over {self.config.max_crawl_delay_s:g}")
+        return delay_s
+
+    async def _request(
+        self,
+        url: URL,
+        delay_s: float | None,
+        left: _Left,
+        read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
+        headers: dict[str, str] | None = None,
+    ) -> T | Refused:
+        """One request, in its host's turn, and what `read` makes of the answer.  Raises _Again."""
+        turn = await self.hosts.turn(host_of(url), delay_s)
+        if isinstance(turn, Busy):
+            raise _Again(turn.why, turn.after_s, asked=False)
+        began = time.monotonic()
+        with turn:
+            try:
+                async with (
+                    self.room,
+                    asyncio.timeout(max(0.001, left.seconds)),
+                    self._session.get(url, allow_redirects=False, headers=headers) as answer,
+                ):
+                    self._raise_if_it_may_pass(answer, turn)
+                    found = await read(answer)
+                    turn.ok = answer.status < 500
+                    return found
+            except TimeoutError:
+                turn.ok = False
+                raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
+            except (aiohttp.ClientError, OSError) as e:
+                detail = str(e).encode(errors="backslashreplace").decode()  # servers' words may hold what no file can
+                if MARK in detail:
+                    return Refused(Reason.ADDRESS, detail[detail.index(MARK) :])
+                if isinstance(e, aiohttp.InvalidURL):
+                    return Refused(Reason.BAD_URL, detail)
+                turn.ok = False
+                raise _Again(f"{type(e).__name__}: {detail}") from e
+            finally:
+                left.seconds -= time.monotonic() - began
+
+    def _raise_if_it_may_pass(self, answer: aiohttp.ClientResponse, turn: Turn) -> None:
+        if answer.status not in _MAY_PASS:
+            return
+        turn.ok = False
+        after_s = retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+        if after_s and answer.status in _NAMES_A_TIME:
+            self.hosts.hold(turn.name, after_s)  # before the turn ends: nobody slips in between
+        raise _Again(f"HTTP {answer.status}", after_s)
+
+    async def _image(self, answer: aiohttp.ClientResponse) -> _Body | Refused | str:
+        """The body of an answer, a refusal, or where it redirects to."""
+        if answer.status in _REDIRECTS and "Location" in answer.headers:
+            return answer.headers["Location"]
+        if answer.status != 200:
+            return Refused(Reason.GONE, f"HTTP {answer.status}", answer.status)
+        if why := optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex):
+            answer.close()
+            return Refused(Reason.OPT_OUT, why, 200)
+        if (answer.content_length or 0) > self.config.max_bytes:
+            return Refused(Reason.TOO_LARGE, f"{answer.content_length} bytes announced, over {self.config.max_bytes}", 200)
+        body = await _capped(answer, self.config.max_bytes)
+        if len(body) > self.config.max_bytes:  # whatever was announced
+            return Refused(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", 200)
+        return _Body(body, _told(answer, "ETag", 256), _told(answer, "Last-Modified", 64))
+
+    async def _robots_txt(self, url: URL) -> robots.Page:
+        """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request."""
+        left = _Left(self.config.total_timeout_s)
+        try:
+            for _ in range(_ROBOTS_REDIRECTS + 1):
+                found = await self._request(url, None, left, _page, _ROBOTS_HEADERS)
+                if isinstance(found, Refused):  # by our guard: its URLs will be refused with the same reason, without an answer of theirs
+                    return robots.Page(403, detail=found.detail, passing=True)
+                if isinstance(found, robots.Page):
+                    return found
+                target = _address(found, url)
+                if isinstance(target, str):
+                    return robots.Page(404, detail=target)
+                url = target
+        except _Again as e:
+            return robots.Page(0, detail=str(e), after_s=e.after_s)
+        return robots.Page(404, detail=f"more than {_ROBOTS_REDIRECTS} redirects")
 
     async def _screen(self, body: bytes) -> Seen | Refused:
         caps = {"max_pixels": self.config.max_pixels, "min_side": self.config.min_side}
@@ -175,6 +279,8 @@ class Client:
                 body = f.read(self.config.max_bytes + 1)
         except FileNotFoundError:
             return Refused(Reason.GONE, f"{path} is not there any more")
+        except (ValueError, RuntimeError) as e:  # a NUL in the name; links that go round
+            return Refused(Reason.BAD_URL, f"{url[:200]!a}: {e}")
         except OSError as e:
             return Unanswered(f"{path}: {e}")
         if len(body) > self.config.max_bytes:
@@ -183,6 +289,41 @@ class Client:
         return seen if isinstance(seen, Refused) else Fetched(body, seen, url, now())
 
 
-def _retry_after(value: str) -> float:
-    """Seconds; a date or nonsense counts as none (the retry topics wait long enough)."""
-    return min(float(value), 86400.0) if value.isascii() and value.isdigit() else 0.0
+def _address(url: str, base: URL | None = None) -> URL | str:
+    """What will be asked for, spelled as it will be; or why it may not be.  A `Location` is relative to its `base`, and may be anything."""
+    try:
+        url = urljoin(str(base), url) if base else url
+        if why := complaint(url):
+            return why
+        at = URL(url)
+        if _NAME.fullmatch(at.raw_host or "") or ":" in (at.raw_host or ""):
+            return at
+        return f"{at.raw_host!a} is no name of a host"  # the resolver would raise a UnicodeError: no name, no error of its own
+    except ValueError as e:
+        return f"not a URL: {str(e)!a}"
+
+
+async def _page(answer: aiohttp.ClientResponse) -> robots.Page | str:
+    """A robots.txt, or where it redirects to."""
+    if answer.status in _REDIRECTS and "Location" in answer.headers:
+        return answer.headers["Location"]
+    if not 200 <= answer.status < 300:
+        return robots.Page(answer.status, detail=f"HTTP {answer.status}")
+    aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("Cache-Control", "").lower(), re.ASCII)
+    return robots.Page(answer.status, await _capped(answer, robots.BODY_BYTES), float(aged.group(1)) if aged else None)
+
+
+def _told(answer: aiohttp.ClientResponse, header: str, most: int) -> str:
+    """A header as text that every file can hold; aiohttp smuggles bytes that are no UTF-8 through as surrogates."""
+    return answer.headers.get(header, "").encode(errors="replace").decode()[:most]
+
+
+async def _capped(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body; once it is over `limit` the connection is closed, and what came so far is returned."""
+    body = bytearray()
+    async for chunk in answer.content.iter_chunked(CHUNK):
+        body += chunk
+        if len(body) > limit:
+            answer.close()
+            break
+    return bytes(body)

@@ -1,32 +1,40 @@
 """The role `fetch`: candidates -> images -> shards, partition by partition, for ever.
 
-One lane a partition: read ahead, fetch many at once, take the results in offset order, spool, seal.  Memory is bounded by the read-ahead
-window (`fetch.concurrency` requests over all lanes) times the byte cap; nothing piles up behind a slow store, because a lane that cannot
-seal does not read on.
+One lane for each partition that is ours (the consumer group shares them out among the fetchers): read ahead, fetch many at once, take the
+results in offset order, spool, seal.  Memory is bounded by the read-ahead window (`fetch.concurrency` requests over all lanes) times the
+byte cap; nothing piles up behind a slow store, because a lane that cannot seal does not read on.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
 import shutil
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ingest.fetch.client import Client, Fetched
-from ingest.pack import Packer, Taken, Unit, origins
-from streamlearn.contract.candidate import Candidate
+from ingest.fetch.client import Client
+from ingest.fetch.lane import Lane
+from ingest.pack import Packer, Unit, group_of
+from streamlearn.contract import durable
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Corrupt, Fenced, Retryable
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Record, retry_topic
+from streamlearn.contract.errors import Retryable, StoreFull
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Subscription, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import REJECTED, Outcome
 from streamlearn.contract.status import Heartbeat, now
 
-IDLE_S = 0.2  # between looks at a partition that has nothing new
+WATCH_S = 0.25  # between looks at what is ours
+LAG_S = 1.0  # between measurements of the lag
+KEEP_S = 5.0  # between writings of what hosts asked for: a kill forgets no more than that
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Place = tuple[str, int]
 
@@ -62,15 +70,16 @@ class Fetcher:
     ):
         self.config, self.log, self.store, self.catalog, self.metrics, self.heart = config, log, store, catalog, metrics, heartbeat
         self.packer = Packer(log, store, catalog, retry_delays_s=config.fetch.retry_delays_s)
-        self.spool = home / "spool"
+        self.spool, self.hosts_file = home / "spool", home / "hosts.json"
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
-        self.room = asyncio.Semaphore(config.fetch.concurrency)
         self.outcomes: Counter[str] = Counter()
         self.shards = self.images = 0  # sealed by this process
         self.before = (0, 0)  # shards and images that were there when it started
         self.last_shard_at, self.full = "", ""
         self.recent: deque[tuple[float, int]] = deque(maxlen=64)  # (when, images so far)
-        self.lanes: list[Lane] = []
+        self.lanes: dict[Place, tuple[Lane, asyncio.Task[None]]] = {}
+        self.lag = 0
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="log")  # reading may wait for a broker; a log serves one reader at a time
 
     async def run(self, stop: threading.Event) -> None:
         shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
@@ -81,21 +90,87 @@ class Fetcher:
         folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
-        async with Client(self.config.fetch, folders) as client:
-            self.lanes = [Lane(self, client, topic, p) for topic in topics for p in range(self.config.log.partitions)]
-            tasks = [asyncio.create_task(lane.run()) for lane in self.lanes]
-            watcher = asyncio.create_task(self._watch(stop))
-            done, _ = await asyncio.wait([*tasks, watcher], return_when=asyncio.FIRST_COMPLETED)
-            for task in [*tasks, watcher]:
-                task.cancel()
-            await asyncio.gather(*tasks, watcher, return_exceptions=True)
-            for task in done:
-                task.result()  # a lane ends only by a bug: let it be seen
+        subscription = self.log.subscribe(group_of(self.log), topics)
+        try:
+            async with Client(self.config.fetch, folders) as client:
+                client.hosts.restore(_json(self.hosts_file))
+                await self._work(client, subscription, stop)
+                self._write(client.hosts.export())
+        finally:
+            subscription.close()
+            self.reader.shutdown(wait=False)
 
-    async def _watch(self, stop: threading.Event) -> None:
-        while not stop.is_set():
-            self.tell()
-            await asyncio.sleep(0.25)
+    async def _work(self, client: Client, subscription: Subscription, stop: threading.Event) -> None:
+        """Keep a lane for each partition we own.  A lane ends by itself only by a bug: let it be seen."""
+        helpers = [asyncio.create_task(self._measure()), asyncio.create_task(self._keep(client))]
+        try:
+            while not stop.is_set():
+                self._share_out(client, subscription.owned())
+                self.tell()
+                tasks = [*helpers, *(task for _, task in self.lanes.values())]
+                await asyncio.wait(tasks, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
+                for place, (_, task) in list(self.lanes.items()):
+                    if task.done():
+                        task.result()
+                        del self.lanes[place]
+                for helper in helpers:
+                    if helper.done():
+                        helper.result()
+        finally:
+            tasks = [*helpers, *(task for _, task in self.lanes.values())]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _share_out(self, client: Client, owned: frozenset[Place]) -> None:
+        """A partition that was taken from us is left once its lane has finished what it is at; the catalog fences it from the new owner."""
+        for place, (lane, _) in self.lanes.items():
+            lane.leaving = place not in owned
+        for place in sorted(owned - self.lanes.keys()):
+            lane = Lane(self, client, *place)
+            self.lanes[place] = (lane, asyncio.create_task(lane.run()))
+
+    def room_for(self, lane: Lane) -> bool:
+        """Whether a lane may ask for more.  One that has nothing in flight may always: images wait for those before them, never for others."""
+        held = sum(other.held for other, _ in self.lanes.values())
+        return self.spooled() < self.config.fetch.spool_bytes and (held < self.config.fetch.buffer_bytes or not lane.waiting)
+
+    def crowded_by(self, lane: Lane) -> bool:
+        """Whether the spool is full, and most by this lane."""
+        return self.spooled() >= self.config.fetch.spool_bytes and all(lane.spooled >= other.spooled for other, _ in self.lanes.values())
+
+    def spooled(self) -> int:
+        """Bytes of open units."""
+        return sum(lane.spooled for lane, _ in self.lanes.values())
+
+    async def _measure(self) -> None:
+        """How far behind we are; asked of the log, so not too often."""
+        while True:
+            lanes = [lane for lane, _ in self.lanes.values()]
+            with contextlib.suppress(Retryable):  # the lanes say so themselves
+                ends = [await self.read(self.log.bounds, lane.topic, lane.partition) for lane in lanes]
+                self.lag = sum(max(0, end - lane.position) for lane, (_, end) in zip(lanes, ends, strict=True))
+            await asyncio.sleep(LAG_S)
+
+    async def read(self, call: Callable[..., T], *arguments: object) -> T:
+        """Ask the log in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.reader, call, *arguments)
+
+    async def _keep(self, client: Client) -> None:
+        """What hosts asked for outlives this process."""
+        written: object = None
+        while True:
+            await asyncio.sleep(KEEP_S)
+            state = client.hosts.export()
+            if state["hosts"] or written:  # nothing again is not worth a sync
+                await asyncio.to_thread(self._write, state)
+            written = state["hosts"]
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            durable.write(self.hosts_file, json.dumps(state).encode())
+        except StoreFull as e:  # the lanes wait it out; until then this is as old as it is
+            logger.warning("%s", e)
 
     def count(self, outcome: Outcome) -> None:
         self.metrics.outcomes.labels(outcome.outcome).inc()
@@ -117,12 +192,10 @@ class Fetcher:
 
     def tell(self) -> None:
         self.metrics.heartbeat.set_to_current_time()
-        lag, oldest = 0, 0.0
-        for lane in self.lanes:
-            lag += max(0, self.log.bounds(lane.topic, lane.partition)[1] - lane.position)
-            oldest = max(oldest, lane.oldest_age())
-        spooled = sum(lane.unit.writer.size for lane in self.lanes if lane.unit)
-        self.metrics.lag.set(lag)
+        lanes = [lane for lane, _ in self.lanes.values()]
+        oldest = max((lane.oldest_age() for lane in lanes), default=0.0)
+        spooled = self.spooled()
+        self.metrics.lag.set(self.lag)
         self.metrics.oldest.set(oldest)
         self.metrics.spool.set(spooled)
         self.heart.beat(
@@ -130,7 +203,8 @@ class Fetcher:
             stored=self.before[1] + self.images,
             outcomes=dict(self.outcomes),
             images_per_s=self.rate(),
-            lag=lag,
+            lag=self.lag,
+            partitions=len(lanes),
             shards=self.before[0] + self.shards,
             spool_bytes=spooled,
             last_shard_at=self.last_shard_at,
@@ -145,125 +219,9 @@ class Fetcher:
         return round((n1 - n0) / max(t1 - t0, 1e-9), 1)
 
 
-class Lane:
-    """One partition of one topic."""
-
-    def __init__(self, fetcher: Fetcher, client: Client, topic: str, partition: int):
-        self.fetcher, self.client, self.topic, self.partition = fetcher, client, topic, partition
-        self.position = self.next = 0  # sealed up to here; next offset to read
-        self.unit: Unit | None = None
-        self.waiting: deque[tuple[Record, asyncio.Task[Taken]]] = deque()  # in offset order
-        self.seen: set[str] = set()  # origins met in this partition (retry topics)
-        self.parked: Record | None = None  # a retry that is not due yet
-        self.window = max(2, fetcher.config.fetch.concurrency)
-
-    async def run(self) -> None:
-        await self._restart()
-        while True:
-            try:
-                await self._round()
-            except Fenced as e:
-                logger.warning("unit dropped: %s", e)
-                self.fetcher.metrics.fenced.inc()
-                await self._restart()
-            except Retryable as e:  # the spool is full: drop it, wait, fetch again
-                await self._wait_out(e)
-                await self._restart()
-
-    async def _round(self) -> None:
-        """Read ahead, take what is finished, seal what is full; then wait for whatever comes first."""
-        self._read_ahead()
-        while self.waiting and self.waiting[0][1].done():
-            record, task = self.waiting.popleft()
-            self._take(record, task.result())
-            if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-                await self._seal()
-        if self.unit and self.unit.full(self.fetcher.config.shard, time.monotonic()):
-            await self._seal()
-        self._read_ahead()
-        if self.waiting:
-            await asyncio.wait([self.waiting[0][1]], timeout=IDLE_S)
-        else:
-            await asyncio.sleep(IDLE_S)
-
-    def _read_ahead(self) -> None:
-        room = self.window - len(self.waiting)
-        if room <= 0:
-            return
-        for record in self.fetcher.log.read(self.topic, self.partition, self.next, room):
-            try:
-                candidate = Candidate.from_json(record.value)
-            except Corrupt:
-                candidate = None
-            if candidate and candidate.not_before and candidate.not_before > time.time():
-                self.parked = record
-                return  # the head is not due: later ones of this delay are not either
-            self.parked = None
-            self.next = record.offset + 1
-            self.waiting.append((record, asyncio.create_task(self._fetch(record.offset, candidate))))
-
-    async def _fetch(self, offset: int, candidate: Candidate | None) -> Taken:
-        if candidate is None:
-            return Taken(offset, None, None)
-        if candidate.origin:
-            if candidate.origin in self.seen:
-                return Taken(offset, candidate, None, again=True)
-            self.seen.add(candidate.origin)
-        async with self.fetcher.room:
-            began = time.perf_counter()
-            result = await self.client.fetch(candidate)
-        self.fetcher.metrics.seconds.observe(time.perf_counter() - began)
-        if isinstance(result, Fetched):
-            self.fetcher.metrics.bytes.inc(len(result.body))
-        return Taken(offset, candidate, result)
-
-    def _take(self, record: Record, taken: Taken) -> None:
-        if self.unit is None:
-            spool = self.fetcher.spool / f"{self.topic}-{self.partition}-{taken.offset:020d}.tar"
-            self.unit = Unit(self.topic, self.partition, taken.offset, spool, time.monotonic())
-        self.fetcher.packer.add(self.unit, taken)
-
-    async def _seal(self) -> None:
-        unit = self.unit
-        assert unit is not None
-        while True:
-            try:
-                async with self.fetcher.sealing:
-                    row = await asyncio.to_thread(self.fetcher.packer.seal, unit)
-                break
-            except Retryable as e:  # the store is full or busy: the unit stays in hand
-                await self._wait_out(e)
-        self.fetcher.full = ""
-        self.position, self.unit = unit.end, None
-        self.fetcher.sealed(unit, row.num_samples)
-
-    async def _wait_out(self, e: Retryable) -> None:
-        logger.error("waiting: %s", e)
-        self.fetcher.full = str(e)
-        self.fetcher.metrics.full.inc()
-        await asyncio.sleep(e.after_s)
-
-    async def _restart(self) -> None:
-        """Back to what the catalog says; whatever was in flight is fetched again."""
-        for _, task in self.waiting:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in self.waiting), return_exceptions=True)
-        self.waiting.clear()
-        if self.unit is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self.unit.drop()
-            self.unit = None
-        while True:
-            try:
-                async with self.fetcher.sealing:
-                    self.position = self.next = await asyncio.to_thread(self.fetcher.packer.recover, self.topic, self.partition)
-                break
-            except Retryable as e:
-                await self._wait_out(e)
-        self.seen = origins(self.fetcher.log, self.topic, self.partition, self.position) if self.topic != CANDIDATES else set()
-
-    def oldest_age(self) -> float:
-        """Seconds since the oldest record was appended that the catalog does not cover; a parked retry is not late."""
-        if self.waiting:
-            return max(0.0, time.time() - self.waiting[0][0].timestamp_ms / 1000)
-        return time.monotonic() - self.unit.opened_at if self.unit else 0.0
+def _json(path: Path) -> object:
+    """What a file holds, None if it holds no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None

@@ -19,6 +19,7 @@ class Reason(StrEnum):
 
     BAD_URL = "bad_url"
     BAD_RECORD = "bad_record"
+    NO_RECORD = "no_record"  # an offset of the log without a record
     ADDRESS = "private_address"
     REDIRECTS = "too_many_redirects"
     GONE = "gone"  # 4xx
@@ -32,6 +33,9 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     NO_ANSWER = "no_answer"  # every try failed; after the last retry: dead
     OUTSIDE = "outside_folder"
+    ROBOTS = "robots_txt"  # its robots.txt disallows the URL, or a hop on the way
+    CRAWL_DELAY = "crawl_delay"  # the host asks for longer between requests than fetch.max_crawl_delay_s
+    OPT_OUT = "opt_out"  # its headers say not to learn from it
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from streamlearn.contract.config import Config, load
+from streamlearn.contract.config import Config
+from streamlearn.contract.config_file import load
 
 
 @click.group()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from streamlearn.contract.config import from_json
+from streamlearn.contract.config_file import from_json
 from streamlearn.contract.errors import ConfigError
 
 

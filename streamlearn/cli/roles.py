@@ -6,40 +6,53 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 from prometheus_client import CollectorRegistry, start_http_server
 
-from streamlearn.contract import config as configuration
-from streamlearn.contract import metrics
+from streamlearn.contract import config_file, metrics
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, StreamlearnError
-from streamlearn.contract.event_log import SqliteLog
-from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.event_log import EventLog, SqliteLog
+from streamlearn.contract.object_store import FolderStore, ObjectStore
 from streamlearn.contract.registry import OciLayout
 from streamlearn.contract.status import Heartbeat
 
 ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+CATALOG = "catalog/shards"
 logger = logging.getLogger("streamlearn")
 
 
 @dataclass(frozen=True)
 class Home:
-    """The embedded adapters of one home folder."""
+    """The adapters that the configuration chooses; the embedded ones live in the home folder."""
 
     path: Path
+    config: Config = field(default_factory=Config)
 
-    def log(self) -> SqliteLog:
+    def log(self) -> EventLog:
+        if self.config.log.kind == "kafka":
+            from streamlearn.adapters.kafka_log import KafkaLog
+
+            return KafkaLog(self.config.log.kafka)
         return SqliteLog(self.path / "log.sqlite")
 
-    def store(self) -> FolderStore:
+    def store(self) -> ObjectStore:
+        if self.config.store.kind == "s3":
+            from streamlearn.adapters.s3_store import S3Store
+
+            return S3Store(self.config.store)
         return FolderStore(self.path / "store")
 
     def catalog(self, log_id: str) -> DeltaCatalog:
-        return DeltaCatalog(str(self.path / "store" / "catalog" / "shards"), log_id=log_id)
+        if self.config.store.kind == "s3":
+            from streamlearn.adapters.s3_store import S3Store, delta_options
+
+            return DeltaCatalog(S3Store(self.config.store).uri(CATALOG), log_id=log_id, storage_options=delta_options(self.config.store))
+        return DeltaCatalog(str(self.path / "store" / CATALOG), log_id=log_id)
 
     def registry(self) -> OciLayout:
         return OciLayout(self.path / "registry")
@@ -74,12 +87,12 @@ def _run(name: str, folder: Path, stop: threading.Event) -> None:
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it")
-    config = configuration.from_json(path.read_text(), where=str(path))
+    config = config_file.from_json(path.read_text(), where=str(path))
     registry = CollectorRegistry()
     heartbeat = Heartbeat(folder, name)
     heartbeat.beat(metrics_port=_serve_metrics(config, name, registry), state="starting", force=True)
     {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
-        config, Home(folder), registry, heartbeat, stop
+        config, Home(folder, config), registry, heartbeat, stop
     )
     heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
 

@@ -18,13 +18,14 @@ from rich.live import Live
 
 from streamlearn import view
 from streamlearn.contract import durable
-from streamlearn.contract.config import BankConfig, Config, ConnectorConfig, from_json, load
+from streamlearn.contract.config import BankConfig, Config, ConnectorConfig
+from streamlearn.contract.config_file import from_json, load
 from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.status import read_status
 from streamlearn.supervise import RoleSpec, exclusive, supervise
 
 PLAIN_S = 10.0  # between lines when the output is not a terminal
-FIXED = ("log", "model", "objective")  # what a home cannot change once it has learnt
+FIXED = ("model", "objective")  # what a home cannot change once it has learnt
 FIXED_STREAM = ("seed", "fresh_fraction", "reservoir")
 SMALL_PX = 64  # up to this, images are learnt by the recipe for small ones
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ def _compatible(before: Config, after: Config, folder: Path) -> None:
         return
     old, new = before.model_dump(), after.model_dump()
     pairs: list[tuple[str, Any, Any]] = [(name, old[name], new[name]) for name in FIXED]
+    pairs += [(f"log.{name}", old["log"][name], new["log"][name]) for name in ("kind", "partitions")]
+    pairs += [(f"store.{name}", old["store"][name], new["store"][name]) for name in ("kind", "bucket", "prefix")]
     pairs += [(f"stream.{name}", old["stream"][name], new["stream"][name]) for name in FIXED_STREAM]
     pairs += [("train.batch", old["train"]["batch"], new["train"]["batch"])]
     for name, one, other in pairs:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,7 +10,8 @@ from urllib.parse import urlsplit
 from streamlearn.contract.errors import Corrupt
 
 SCHEMA = 1
-MAX_BYTES = 8192
+MAX_BYTES = 8192  # as a connector tells it
+ROOM = 1024  # bytes that a retry may add to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +25,49 @@ class Candidate:
     purpose: str = "new"  # new | refresh
     etag: str | None = None
     last_modified: str | None = None
-    attempt: int = 0  # times deferred so far
+    attempt: int = 0  # times asked for in vain so far
+    waits: int = 0  # times put off without being asked for: it was not the host's turn
     not_before: float | None = None  # unix seconds; a retry waits until then
     origin: str = ""  # topic/partition/offset of its first appearance, set when it is deferred
 
-    def to_json(self) -> bytes:
-        """Raises ValueError when the record would exceed 8 KiB."""
+    def to_json(self, limit: int = MAX_BYTES) -> bytes:
+        """Raises ValueError when the record would exceed its limit, or holds what is no text."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
         data = json.dumps({"schema": SCHEMA} | fields, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"candidate {self.url[:100]!r}: {len(data)} bytes, over the cap of {MAX_BYTES}")
+        if len(data) > limit:
+            raise ValueError(f"candidate {self.url[:100]!r}: {len(data)} bytes, over the cap of {limit}")
         return data
 
     @classmethod
     def from_json(cls, data: bytes) -> "Candidate":
-        """Raises Corrupt for anything that is not a candidate of a schema known here."""
+        """Raises Corrupt for anything that is not a candidate of a schema known here.  Anybody may write to a topic."""
+        if len(data) > MAX_BYTES + ROOM:
+            raise Corrupt(f"not a candidate: {len(data)} bytes, over the cap of {MAX_BYTES + ROOM}")
         try:
             raw: Any = json.loads(data)
             if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
                 raise Corrupt(f"not a candidate of schema {SCHEMA}: {data[:100]!r}")
             fields: dict[str, Any] = {"source_ref": ""} | raw
+            for name, value in fields.items():
+                if not _fits(name, value):
+                    raise Corrupt(f"not a candidate: {name} = {str(value)[:100]!a}")
             return cls(**fields)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             raise Corrupt(f"not a candidate: {e}: {data[:100]!r}") from e
+
+
+_COUNTS, _OPTIONAL = {"attempt", "waits"}, {"license", "alt", "etag", "last_modified", "not_before"}
+
+
+def _fits(name: str, value: object) -> bool:
+    """Whether a field may hold this; text must be text that every file can hold (no lone surrogates)."""
+    if value is None:
+        return name in _OPTIONAL
+    if name == "not_before":
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name in _COUNTS:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 def politeness_key(url: str) -> bytes:

@@ -20,6 +20,8 @@ our ends and the rows are ours, the commit is ours.
 """
 
 import dataclasses
+import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +36,11 @@ from streamlearn.contract import durable
 from streamlearn.contract.errors import Corrupt, Fenced, Retryable, StoreFull
 
 CHECKPOINT_EVERY = 100
+# how delta-rs words what the store answered or the network did
+_OUT_OF_REACH = ("Generic S3 error", "lacked the necessary privileges", "valid authentication credentials")
+_DECORATION = re.compile(r"\x1b\[\d*m|↳")
 _FULL = ("No space left", "os error 28", "os error 122")
+logger = logging.getLogger("streamlearn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +121,13 @@ class DeltaCatalog:
         sql = f"SELECT {names} FROM shards WHERE committed > {int(after)} AND status = 'live' ORDER BY committed, place"
         try:
             # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
-            found = QueryBuilder().register("shards", table).execute(sql).read_all()
+            # nor delta-rs's own read_all: it keeps the interpreter lock while it waits for S3; pyarrow lets go of it
+            found = pa.RecordBatchReader.from_stream(QueryBuilder().register("shards", table).execute(sql)).read_all()
         except (OSError, DeltaError, pa.ArrowException) as e:
-            raise Corrupt(
+            raise self._out_of_reach(e) or Corrupt(
                 f"{self.uri}: the table names a file that cannot be read: {_first_line(e)}; restore the folder from a backup"
             ) from e
-        return table.version(), [ShardRow(**row) for row in pa.table(found).to_pylist()]
+        return table.version(), [ShardRow(**row) for row in found.to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
         if len({(a.topic, a.partition) for a in advances}) != len(advances):
@@ -175,7 +182,13 @@ class DeltaCatalog:
         if "://" not in self.uri:  # delta-rs renames without syncing; a commit that was acknowledged must survive power loss
             durable.sync(Path(self.uri) / "_delta_log" / f"{table.version():020d}.json")
         if table.version() and table.version() % CHECKPOINT_EVERY == 0:
-            table.create_checkpoint()
+            try:
+                table.create_checkpoint()
+            except (DeltaError, OSError) as e:
+                passing = self._out_of_reach(e)
+                if passing is None:
+                    raise
+                logger.warning("no checkpoint of version %d, the next will do: %s", table.version(), passing)  # the commit stands
 
     def _app(self, topic: str, partition: int) -> str:
         return f"ingest/{self.log_id}/{topic}/{partition}"
@@ -191,8 +204,11 @@ class DeltaCatalog:
                 self._table.update_incremental()
         except TableNotFoundError:
             return None
-        except DeltaError as e:
-            raise Corrupt(f"{self.uri}: the Delta log cannot be read: {_first_line(e)}; restore the folder from a backup") from e
+        except (DeltaError, OSError) as e:
+            passing = self._out_of_reach(e)
+            if passing is None and isinstance(e, OSError):
+                raise
+            raise passing or Corrupt(f"{self.uri}: the Delta log cannot be read: {_first_line(e)}; restore the folder from a backup") from e
         return self._table
 
     def _create(self) -> DeltaTable:
@@ -206,10 +222,20 @@ class DeltaCatalog:
             "delta.setTransactionRetentionDuration": "interval 100000 days",
             "delta.logRetentionDuration": "interval 365 days",
         }
-        self._table = DeltaTable.create(
-            self.uri, schema=SCHEMA, mode="ignore", storage_options=self.storage_options, configuration=configuration, name="shards"
-        )
+        try:
+            self._table = DeltaTable.create(
+                self.uri, schema=SCHEMA, mode="ignore", storage_options=self.storage_options, configuration=configuration, name="shards"
+            )
+        except (DeltaError, OSError) as e:
+            raise self._out_of_reach(e) or e from e
         return self._table
+
+    def _out_of_reach(self, e: Exception) -> Retryable | None:
+        """The fault of the store or the network, as opposed to what is written there; None if it is not theirs."""
+        text = " ".join(_DECORATION.sub("", str(e)).split())
+        if "://" not in self.uri or not any(sign in text for sign in _OUT_OF_REACH):
+            return None
+        return Retryable(f"{self.uri}: the catalog cannot be reached: {text[:500]}", after_s=5.0)
 
 
 def _first_line(e: Exception) -> str:

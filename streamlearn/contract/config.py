@@ -1,28 +1,17 @@
-"""The whole configuration: one TOML file, environment overrides, frozen models.
+"""The whole configuration as frozen models: every key with its meaning, range and default.  Read by contract/config_file.py.
 
-`load()` reads the file, applies `STREAMLEARN__SECTION__KEY=value` overrides and validates.  Every complaint names the file
-(or variable), the key, the value and the remedy, and is raised before anything on disk is changed.  Nothing is ever
-written back: derived values are properties.  The resolved config travels in every checkpoint and snapshot.
+Nothing is ever written back: derived values are properties.  The resolved config travels in every checkpoint and snapshot.
 """
 
-import difflib
 import hashlib
 import json
-import os
-import tomllib
-import types
-import typing
-from collections.abc import Mapping
 from ipaddress import ip_network
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.object_store import is_key
 
-ENV_PREFIX = "STREAMLEARN__"
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -41,10 +30,72 @@ class ConnectorConfig(Section):
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the source
 
 
-class LogConfig(Section):
-    """The embedded event log."""
+class KafkaConfig(Section):
+    """The brokers, where `log.kind` is kafka.  The SASL password comes from a file or from STREAMLEARN_KAFKA_PASSWORD, never from here."""
 
+    servers: tuple[str, ...] = ()  # bootstrap servers, host:port
+    topic_prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")  # before the names of topics and groups, where a cluster is shared
+    epoch: int = Field(default=0, ge=0)  # raise it when topics were made anew: their offsets begin again, and so do the catalog's positions
+    replication: int = Field(default=3, ge=1)  # of topics that streamlearn makes
+    min_insync: int = Field(default=2, ge=1)  # likewise: a write is acknowledged by this many replicas
+    api_version: tuple[int, ...] | None = None  # unset: asked of the brokers
+    security: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"  # Kafka's security.protocol
+    ssl_cafile: str = ""  # PEM; empty: the system's authorities
+    ssl_certfile: str = ""  # PEM of the client, where brokers ask for one
+    ssl_keyfile: str = ""  # PEM of its key
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""  # with SASL_PLAINTEXT or SASL_SSL
+    sasl_username: str = ""  # likewise
+    sasl_password_file: str = ""  # its first line; empty: the environment variable
+    start_timeout_s: float = Field(default=60.0, gt=0)  # for the brokers to answer at a role's start
+    request_timeout_s: float = Field(default=30.0, gt=0)  # one request
+    delivery_timeout_s: float = Field(default=120.0, gt=0)  # an append, with all its tries
+    session_timeout_s: float = Field(default=30.0, gt=0)  # a fetcher that is not heard of for so long loses its partitions
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.min_insync > self.replication:
+            raise ValueError(f"min_insync = {self.min_insync} is over replication = {self.replication}: nothing could ever be written")
+        if self.security.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
+            raise ValueError(f"security = {self.security!r} needs sasl_mechanism and sasl_username")
+        return self
+
+
+class LogConfig(Section):
+    """The event log: one SQLite file, or Kafka."""
+
+    kind: Literal["sqlite", "kafka"] = "sqlite"  # sqlite is for the roles of one machine
     partitions: int = Field(default=2, ge=1, le=1024)  # of each topic; fixed once the log is made
+    kafka: KafkaConfig = KafkaConfig()
+
+    @model_validator(mode="after")
+    def _servers(self) -> Self:
+        if self.kind == "kafka" and not self.kafka.servers:
+            raise ValueError("kind = 'kafka' needs log.kafka.servers, a list of host:port")
+        return self
+
+
+class StoreConfig(Section):
+    """Where shards, rounds, checkpoints and the catalog lie.  S3 credentials come from boto3's own chain (environment, files, instance role)."""
+
+    kind: Literal["folder", "s3"] = "folder"  # a folder of the home, or a bucket
+    bucket: str = ""  # required for s3; it must exist
+    prefix: str = ""  # put before every key, as a folder; empty: the whole bucket
+    endpoint_url: str = ""  # of an S3-compatible store; empty: AWS
+    region: str = "us-east-1"  # of the bucket
+    path_style: bool = False  # the bucket in the path, not in the host name: for stores without wildcard DNS
+    ca_bundle: str = ""  # file of CA certificates (PEM) that sign the endpoint's; empty: the system's. The catalog: SSL_CERT_FILE too
+    part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20, le=5 * 2**30)  # of an upload; files under two go in one request
+    attempts: int = Field(default=5, ge=1)  # tries of one request, with growing pauses, before the role backs off
+    connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
+    read_timeout_s: float = Field(default=30.0, gt=0)  # between two bytes of an answer
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "s3" and not self.bucket:
+            raise ValueError("kind 's3' needs store.bucket; set it, or set store.kind to 'folder'")
+        if self.prefix and not is_key(self.prefix):
+            raise ValueError(f"prefix = {self.prefix!r}: must be a relative path without empty or hidden parts, such as streamlearn/main")
+        return self
 
 
 class FetchConfig(Section):
@@ -55,6 +106,10 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
+    buffer_bytes: int = Field(
+        default=2**28, ge=2**20
+    )  # of images that wait in memory for the ones before them; then nothing more is asked for
+    spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
     max_redirects: int = Field(default=5, ge=0)  # each checked like the first address
@@ -63,6 +118,21 @@ class FetchConfig(Section):
     retry_delays_s: tuple[float, ...] = (300.0, 3600.0, 86400.0)  # one retry topic each; after the last: dead
     user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
+    robots: bool = True  # obey robots.txt (RFC 9309), by the product token: user_agent up to its "/"
+    robots_ttl_s: float = Field(
+        default=86400.0, gt=0
+    )  # a robots.txt is kept so long, or as its max-age says if that is shorter (not under 1 h)
+    robots_retry_s: float = Field(default=600.0, gt=0)  # until a robots.txt that could not be had (5xx, no answer) is asked for again
+    robots_entries: int = Field(default=4096, ge=1)  # origins whose rules are kept; the least lately used goes
+    max_crawl_delay_s: float = Field(default=60.0, ge=0)  # a host that asks for more is left alone: refused, not queued for ever
+    respect_noindex: bool = True  # X-Robots-Tag noindex, none, noimageindex refuse too; noai, noimageai, noml and TDM-Reservation always do
+    host_rate: float = Field(default=2.0, ge=0)  # requests a second to one host; 0: no limit
+    host_burst: int = Field(default=8, ge=1)  # requests at once to a host that was idle; none where it names a Crawl-delay
+    global_rate: float = Field(default=0.0, ge=0)  # requests a second to all hosts together; 0: no limit
+    max_wait_s: float = Field(default=30.0, gt=0)  # for a host's turn; what would wait longer is deferred
+    breaker_failures: int = Field(default=5, ge=0)  # failures in a row (5xx, 429, no answer) after which a host is left alone; 0: never
+    breaker_s: float = Field(default=60.0, gt=0)  # so long, then one trial; doubles up to an hour
+    hosts: int = Field(default=65536, ge=1)  # whose budgets are kept in memory
 
     @field_validator("allow_networks")
     @classmethod
@@ -234,6 +304,7 @@ class Config(Section):
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
     connectors: tuple[ConnectorConfig, ...] = ()
     log: LogConfig = LogConfig()
+    store: StoreConfig = StoreConfig()
     fetch: FetchConfig = FetchConfig()
     shard: ShardConfig = ShardConfig()
     stream: StreamConfig = StreamConfig()
@@ -257,113 +328,3 @@ class Config(Section):
         """sha256 over the canonical JSON of the whole config."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def load(
-    path: Path | None, *, base: Config | None = None, env: Mapping[str, str] = os.environ, overrides: Mapping[str, str] | None = None
-) -> Config:
-    """Read, override, validate.
-
-    `overrides` are `section.key=value` settings of the command line; they win over the environment, which wins over the file (or
-    over `base`, where there is no file).
-    Raises ConfigError with file, key, value and remedy.
-    """
-    raw: dict[str, Any] = base.model_dump(mode="json") if base else {}
-    where = str(path) if path else "defaults"
-    if path is not None:
-        try:
-            raw = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; write one from `streamlearn config show`") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: not TOML: {e}") from e
-    settings = [
-        (f"environment {name}", name[len(ENV_PREFIX) :].lower().split("__"), v)
-        for name, v in sorted(env.items())
-        if name.startswith(ENV_PREFIX)
-    ]
-    settings += [(f"--set {key}", key.split("."), v) for key, v in (overrides or {}).items()]
-    origins = {}
-    for origin, keys, text in settings:
-        _put(raw, keys, text, origin)
-        origins[".".join(keys)] = origin
-    return validate(raw, where=where, origins=origins)
-
-
-def validate(raw: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> Config:
-    """A Config from plain values; lists stand where TOML and JSON have no tuples."""
-    try:
-        return Config.model_validate(_tuples(raw, Config))
-    except ValidationError as e:
-        lines = [_complaint(error, where, origins or {}) for error in e.errors()]
-        raise ConfigError("\n".join(lines)) from None
-
-
-def from_json(data: str, *, where: str) -> Config:
-    """A Config as `model_dump_json` wrote it."""
-    try:
-        raw = json.loads(data)
-    except ValueError as e:
-        raise ConfigError(f"{where}: not JSON: {e}") from e
-    return validate(raw, where=where)
-
-
-def _put(raw: dict[str, Any], keys: list[str], text: str, origin: str) -> None:
-    """Place one override.  The text is read as a TOML value if it is one, else as a string: 64, 0.5, true, [1, 2], plain words."""
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    at = raw
-    for key in keys[:-1]:
-        at = at.setdefault(key, {})
-        if not isinstance(at, dict):
-            raise ConfigError(f"{origin}: {key} is not a section; lists such as connectors are set in the file")
-    at[keys[-1]] = value
-
-
-def _tuples(value: Any, want: Any) -> Any:
-    """Make lists tuples and whole numbers floats where the models want them: strict pydantic does neither."""
-    origin, args = typing.get_origin(want), typing.get_args(want)
-    if origin is Annotated:
-        return _tuples(value, args[0])
-    if origin in (typing.Union, types.UnionType):
-        return _tuples(value, args[0])
-    if isinstance(want, type) and issubclass(want, BaseModel) and isinstance(value, Mapping):
-        fields = want.model_fields
-        return {k: _tuples(v, fields[k].annotation) if k in fields else v for k, v in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = [args[0]] * len(value) if len(args) == 2 and args[1] is ... else args
-        return tuple(_tuples(v, w) for v, w in zip(value, inner, strict=True)) if len(inner) == len(value) else tuple(value)
-    if want is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
-
-
-def _complaint(error: ErrorDetails, where: str, origins: Mapping[str, str]) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
-    place = origins.get(key, where)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _keys(loc[:-1]), n=1)
-        hint = f"; did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"; known here: {', '.join(_keys(loc[:-1]))}"
-        return f"{place}: {key}: no such key{hint}"
-    if error["type"] == "missing":
-        return f"{place}: {key}: required, and has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{place}: {message}"
-    return f"{place}: {key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _keys(loc: list[str]) -> list[str]:
-    """The keys that exist at a place, for the suggestion."""
-    model: Any = Config
-    for part in loc:
-        if part.isdigit():
-            continue
-        want = model.model_fields[part].annotation
-        while typing.get_args(want):
-            want = typing.get_args(want)[0]
-        model = want
-    return list(model.model_fields)

@@ -10,6 +10,7 @@
   - Fenced          another writer has taken this place in the catalog: drop the unit, read the position anew
   - Conflict        a compare-and-set was lost: someone else moved the tag
   - OffsetGap       the log or catalog lacks offsets that must be there: an incident, never skipped silently
+  - Stuck           a library that has stopped working: the process ends, and starts anew
 * Anything else is a bug: the process ends with its traceback and the supervisor starts it again.
 """
 
@@ -45,3 +46,6 @@ class Conflict(StreamlearnError): ...
 
 
 class OffsetGap(StreamlearnError): ...
+
+
+class Stuck(StreamlearnError): ...

@@ -8,7 +8,6 @@ import sqlite3
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,11 @@ SHARDS = "shards"  # a hint that the catalog grew; never the truth
 def retry_topic(index: int) -> str:
     """The topic of the index-th retry delay (fetch.retry_delays_s)."""
     return f"retry.{index}"
+
+
+def retry_index(topic: str) -> int:
+    """The other way round."""
+    return int(topic.removeprefix("retry."))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class EventLog(Protocol):
     def log_id(self) -> str:
         """Names this log for ever.  A re-created log has another, so old positions cannot be mistaken for its own."""
 
+    @property
+    def epoch(self) -> int:
+        """How often its topics have been made anew by hand, so that offsets began again."""
+
     def ensure_topic(self, topic: str, partitions: int) -> None:
         """Make the topic unless it exists.  Raises ConfigError when it exists with another number of partitions."""
 
@@ -57,7 +65,10 @@ class EventLog(Protocol):
         """Raises NotFound."""
 
     def append(self, records: Sequence[NewRecord]) -> list[tuple[int, int]]:
-        """All or none, durable on return, of one or several topics.  Returns (partition, offset) of each."""
+        """Durable on return, of one or several topics; (partition, offset) of each.  NotFound is raised before anything is written.
+
+        A caller that dies in here, or gets Retryable, may have appended some of them: whoever goes on must look at what is there.
+        """
 
     def read(self, topic: str, partition: int, offset: int, max_records: int) -> list[Record]:
         """Records from `offset` on, in order; empty at the end.  Raises OffsetGap below the beginning."""
@@ -76,6 +87,56 @@ class EventLog(Protocol):
     def trim(self, topic: str, partition: int, before: int) -> int:
         """Drop records below `before`; the number dropped."""
 
+    def subscribe(self, group: str, topics: Sequence[str]) -> "Subscription":
+        """Take part in sharing out the partitions of these topics among all who subscribe under this group's name."""
+
+
+class Subscription(Protocol):
+    """A member of a consumer group.  It says whose partitions are whose; reading is the log's."""
+
+    def owned(self) -> frozenset[tuple[str, int]]:
+        """The (topic, partition) that are ours now.  To be asked often: who does not ask is taken to hang, and loses them."""
+
+    def close(self) -> None:
+        """Leave: the others take over at once."""
+
+
+@dataclass(frozen=True)
+class AllOfThem:
+    """The embedded group: every member owns everything, and the catalog fences all but one of those who meet."""
+
+    places: frozenset[tuple[str, int]]
+
+    def owned(self) -> frozenset[tuple[str, int]]:
+        return self.places
+
+    def close(self) -> None:
+        """There is nobody to tell."""
+
+
+def place_name(log: EventLog, topic: str) -> str:
+    """What the catalog calls a topic: offsets that began again are not those that were before."""
+    return f"{topic}@{log.epoch}" if log.epoch else topic
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Kafka's default partitioner, so that keys keep their partition whoever produces: murmur2(key) & 0x7fffffff modulo the number."""
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
+def murmur2(data: bytes) -> int:
+    """MurmurHash2, 32 bit, with Kafka's seed (Apache Kafka, common/utils/Utils.java)."""
+    mask, m = 0xFFFFFFFF, 0x5BD1E995
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for i in range(0, whole, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * m & mask
+        h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
+    if whole < len(data):
+        h = (h ^ int.from_bytes(data[whole:], "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15
+
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -93,8 +154,10 @@ _COMPACTED = {SOURCE_STATE}
 class SqliteLog:
     """The embedded event log: one SQLite file in WAL mode, shared by the processes of one machine.
 
-    An append is one transaction (BEGIN IMMEDIATE .. COMMIT with synchronous=FULL): the COMMIT is its one commit point.
+    An append is one transaction (BEGIN IMMEDIATE .. COMMIT with synchronous=FULL): the COMMIT is its one commit point, all or none.
     """
+
+    epoch = 0  # topics are never made anew; a new file has another log id
 
     def __init__(self, path: Path, *, busy_timeout_s: float = 60.0):
         self.path = path
@@ -133,7 +196,7 @@ class SqliteLog:
 
     def append(self, records: Sequence[NewRecord]) -> list[tuple[int, int]]:
         counts = {topic: self.partitions(topic) for topic in {r.topic for r in records}}
-        placed = [(r, zlib.crc32(r.key) % counts[r.topic] if r.partition is None else r.partition) for r in records]
+        placed = [(r, partition_of(r.key, counts[r.topic]) if r.partition is None else r.partition) for r in records]
         stamp, positions = time.time_ns() // 1_000_000, []
         with self._lock, self._transaction():
             ends = {tp: self._end(*tp) for tp in {(r.topic, p) for r, p in placed}}
@@ -188,6 +251,9 @@ class SqliteLog:
             dropped = self._db.execute("DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)).rowcount
             self._db.execute("UPDATE ends SET first=MAX(first, MIN(end, ?)) WHERE topic=? AND part=?", (before, topic, partition))
         return dropped
+
+    def subscribe(self, group: str, topics: Sequence[str]) -> Subscription:
+        return AllOfThem(frozenset((topic, p) for topic in topics for p in range(self.partitions(topic))))
 
     def _end(self, topic: str, partition: int) -> int:
         row = self._db.execute("SELECT end FROM ends WHERE topic=? AND part=?", (topic, partition)).fetchone()

@@ -37,6 +37,17 @@ class ObjectStore(Protocol):
         """Gone, whether or not it was there."""
 
 
+def is_key(key: str) -> bool:
+    """A relative path without empty, '.', '..' or hidden parts: what every store can hold, and no more."""
+    return all(part and not part.startswith(".") for part in key.split("/"))
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError where `key` could leave the store, or would be taken for a staged file."""
+    if not is_key(key):
+        raise ValueError(f"object key {key!r}: must be a relative path without empty, '.', '..' or hidden parts")
+
+
 class FolderStore:
     """The embedded object store: keys are relative paths; write, fsync, rename."""
 
@@ -104,7 +115,5 @@ class FolderStore:
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not key or key.startswith("/") or any(part in ("", ".", "..") or part.startswith(".") for part in parts):
-            raise ValueError(f"object key {key!r}: must be a relative path without empty, '.', '..' or hidden parts")
+        check_key(key)
         return self.root / key

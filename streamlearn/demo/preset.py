@@ -26,7 +26,15 @@ def demo_config(home: Path) -> Config:
     return Config(
         home=str(home),
         connectors=(ConnectorConfig(name="demo-world", kind="urls", path=str(demo / "urls.txt"), poll_s=0.5),),
-        fetch=FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=16, total_timeout_s=10.0, retry_delays_s=(30.0, 300.0)),
+        fetch=FetchConfig(
+            allow_networks=("127.0.0.0/8",),
+            concurrency=16,
+            total_timeout_s=10.0,
+            retry_delays_s=(30.0, 300.0),
+            host_rate=0,  # the whole world is one host, and ours
+            robots_retry_s=1.0,  # it may start after the fetcher, and comes back within seconds
+            breaker_s=2.0,
+        ),
         shard=ShardConfig(max_samples=500, max_age_s=5.0),
         stream=StreamConfig(
             crops=(CropConfig(count=2, size=32, scale=(0.4, 1.0)),),

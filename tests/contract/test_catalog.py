@@ -1,12 +1,15 @@
-"""The suite every catalog passes: positions and rows move together, exactly once."""
+"""The suite every catalog passes, in a folder and on S3 as moto plays it: positions and rows move together, exactly once."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, QueryBuilder
 
+from streamlearn.adapters.s3_store import S3Store, delta_options
 from streamlearn.contract import catalog as module
 from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
 from streamlearn.contract.errors import Corrupt, Fenced
@@ -31,14 +34,31 @@ def advance(start, end, partition=0):
     return Advance("candidates", partition, start, end)
 
 
-@pytest.fixture
-def uri(tmp_path):
-    return str(tmp_path / "catalog")
+@dataclass(frozen=True)
+class Where:
+    """A place for a table, and all that another process needs to open it."""
+
+    uri: str
+    options: dict[str, str] | None = None
+
+    def catalog(self, log_id="log", **more):
+        return DeltaCatalog(self.uri, log_id=log_id, storage_options=self.options, **more)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def where(request, tmp_path):
+    if request.param == "folder":
+        return Where(str(tmp_path / "catalog"))
+    return on_s3(request.getfixturevalue("bucket").config())
+
+
+def on_s3(config):
+    return Where(S3Store(config).uri("catalog/shards"), delta_options(config))
 
 
 @pytest.fixture
-def catalog(uri):
-    return DeltaCatalog(uri, log_id="log")
+def catalog(where):
+    return where.catalog()
 
 
 def test_nothing_is_committed_at_first(catalog):
@@ -55,8 +75,8 @@ def test_rows_come_back_in_commit_order_and_only_the_new_ones(catalog):
     assert catalog.follow(catalog.version())[1] == []
 
 
-def test_a_zombie_is_fenced_and_publishes_nothing(catalog, uri):
-    zombie = DeltaCatalog(uri, log_id="log")
+def test_a_zombie_is_fenced_and_publishes_nothing(catalog, where):
+    zombie = where.catalog()
     assert zombie.position("candidates", 0) == 0
     catalog.commit([row(0, 5)], [advance(0, 5)])
     with pytest.raises(Fenced, match=r"candidates/0 is at 5, not 0"):
@@ -64,10 +84,10 @@ def test_a_zombie_is_fenced_and_publishes_nothing(catalog, uri):
     assert [r.key for r in catalog.rows()] == ["shards/0/0-5"]
 
 
-def test_a_zombie_that_read_just_before_is_fenced_by_the_table_itself(catalog, uri, monkeypatch):
+def test_a_zombie_that_read_just_before_is_fenced_by_the_table_itself(catalog, where, monkeypatch):
     """Its look at the positions is stale: only the conflict of application transactions can stop it."""
     catalog.commit([row(0, 5)], [advance(0, 5)])
-    zombie = DeltaCatalog(uri, log_id="log", attempts=1)
+    zombie = where.catalog(attempts=1)
     stale = zombie._open()
     catalog.commit([row(5, 9)], [advance(5, 9)])
     monkeypatch.setattr(zombie, "_open", lambda: stale)
@@ -96,47 +116,49 @@ def test_a_unit_without_images_still_moves_the_position(catalog):
     assert catalog.position("candidates", 0) == 5
 
 
-def test_writers_of_different_partitions_do_not_disturb_each_other(catalog, uri):
+def test_writers_of_different_partitions_do_not_disturb_each_other(catalog, where):
     code = (
-        "import sys; from tests.contract.test_catalog import *\n"
-        "p = int(sys.argv[2]); c = DeltaCatalog(sys.argv[1], log_id='log')\n"
-        "for i in range(0, 40, 2): c.commit([row(i, i + 2, p)], [advance(i, i + 2, p)])"
+        "import json, sys; from tests.contract.test_catalog import *\n"
+        "p = int(sys.argv[2]); c = Where(**json.loads(sys.argv[1])).catalog()\n"
+        "for i in range(0, 20, 2): c.commit([row(i, i + 2, p)], [advance(i, i + 2, p)])"
     )
     catalog.commit([row(0, 1, 9)], [advance(0, 1, 9)])
-    children = [subprocess.Popen([sys.executable, "-c", code, uri, str(p)]) for p in range(3)]
+    children = [subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(where)), str(p)]) for p in range(3)]
     assert [c.wait() for c in children] == [0, 0, 0]
     keys = [r.key for r in catalog.rows()]
-    assert len(keys) == len(set(keys)) == 61 and [catalog.position("candidates", p) for p in range(3)] == [40] * 3
+    assert len(keys) == len(set(keys)) == 31 and [catalog.position("candidates", p) for p in range(3)] == [20] * 3
 
 
-def test_following_by_version_misses_nothing_while_others_write(catalog, uri):
+def test_following_by_version_misses_nothing_while_others_write(catalog, where):
     """`committed` is the very version that added the row, so a follower can never step over one."""
     for i in range(6):
         catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
-    table = DeltaTable(uri)
+    table = DeltaTable(where.uri, storage_options=where.options)
     for version in range(1, table.version() + 1):
-        at = QueryBuilder().register("t", DeltaTable(uri, version=version)).execute("SELECT max(committed) AS m FROM t").read_all()
-        assert pa.table(at).to_pylist()[0]["m"] == version
+        at = QueryBuilder().register("t", DeltaTable(where.uri, version=version, storage_options=where.options))
+        found = pa.RecordBatchReader.from_stream(at.execute("SELECT max(committed) AS m FROM t")).read_all()
+        assert found.to_pylist() == [{"m": version}]
 
 
-def test_another_log_starts_at_zero(catalog, uri):
+def test_another_log_starts_at_zero(catalog, where):
     catalog.commit([row(0, 5)], [advance(0, 5)])
-    assert DeltaCatalog(uri, log_id="recreated").position("candidates", 0) == 0
+    assert where.catalog("recreated").position("candidates", 0) == 0
 
 
-def test_a_damaged_log_is_named_with_the_remedy(catalog, uri, tmp_path):
-    catalog.commit([row(0, 5)], [advance(0, 5)])
+def test_a_damaged_log_is_named_with_the_remedy(tmp_path):
+    where = Where(str(tmp_path / "catalog"))
+    where.catalog().commit([row(0, 5)], [advance(0, 5)])
     for entry in (tmp_path / "catalog" / "_delta_log").glob("*.json"):
         entry.write_text('{"garbage')
     with pytest.raises(Corrupt, match="catalog.*backup"):
-        DeltaCatalog(uri, log_id="log").rows()
+        where.catalog().rows()
 
 
-def test_a_checkpoint_keeps_rows_and_positions(catalog, uri, monkeypatch):
+def test_a_checkpoint_keeps_rows_and_positions(catalog, where, monkeypatch):
     monkeypatch.setattr(module, "CHECKPOINT_EVERY", 3)
     for i in range(8):
         catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
-    again = DeltaCatalog(uri, log_id="log")
+    again = where.catalog()
     assert again.position("candidates", 0) == 8 and len(again.rows()) == 8
 
 

@@ -6,8 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from streamlearn.__main__ import COMMANDS
-from streamlearn.contract import config
-from streamlearn.contract.config import Config, load
+from streamlearn.contract import config_file
+from streamlearn.contract.config import Config
+from streamlearn.contract.config_file import load
 from streamlearn.contract.errors import ConfigError
 
 WRONG = [
@@ -22,6 +23,9 @@ WRONG = [
     ("[[connectors]]\nname = 'a'\npath = 'x'", "connectors.0.kind: required, and has no default"),
     ("[[connectors]]\nname='a'\nkind='urls'\npath='x'\n[[connectors]]\nname='a'\nkind='urls'\npath='y'", "names must differ"),
     ("[objective]\nepsilon = 0.001", "objective.epsilon = 0.001: input should be greater than or equal to 0.005"),
+    ("[store]\nkind = 's3'", "kind 's3' needs store.bucket; set it, or set store.kind to 'folder'"),
+    ("[store]\nprefix = 'a/'", "prefix = 'a/': must be a relative path"),
+    ("[store]\npart_bytes = 1000", "store.part_bytes = 1000: input should be greater than or equal to 5242880"),
     ("nonsense", "not TOML"),
 ]
 
@@ -60,14 +64,14 @@ def test_a_wrong_override_is_blamed_on_the_variable_or_flag():
 
 def test_a_config_survives_json_and_its_digest_tells_any_change():
     one = load(None, env={})
-    again = config.from_json(one.model_dump_json(), where="x")
+    again = config_file.from_json(one.model_dump_json(), where="x")
     assert again == one and again.digest == one.digest
     assert load(None, env={}, overrides={"train.batch": "65"}).digest != one.digest
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
-        load(config.Path("nowhere.toml"), env={})
+        load(config_file.Path("nowhere.toml"), env={})
 
 
 def test_every_key_of_the_defaults_is_in_the_schema():

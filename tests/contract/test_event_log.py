@@ -1,23 +1,50 @@
-"""The suite every event log passes."""
+"""The suite every event log passes: SQLite, and Kafka (librdkafka's mock cluster; a real broker where STREAMLEARN_TEST_KAFKA names one)."""
 
-import subprocess
-import sys
-import threading
+import time
+import uuid
 
 import pytest
 
-from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, OffsetGap
-from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, NewRecord, SqliteLog
+from streamlearn.adapters.kafka_log import KafkaLog
+from streamlearn.contract.config import KafkaConfig
+from streamlearn.contract.errors import ConfigError, NotFound, OffsetGap
+from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, NewRecord, SqliteLog, partition_of
+from tests.adapters.kafka import MockCluster, MockedLog, mock_config, real_servers
+
+KINDS = ["sqlite", "mock kafka", *(["real kafka"] if real_servers() else [])]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    cluster = MockCluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(params=KINDS)
+def connect(request, tmp_path):
+    """A function that opens the same log once more."""
+    opened, prefix = [], f"t{uuid.uuid4().hex[:8]}."
+
+    def open_it():
+        if request.param == "sqlite":
+            return SqliteLog(tmp_path / "log.sqlite")
+        if request.param == "mock kafka":
+            log = MockedLog(mock_config(request.getfixturevalue("cluster"), topic_prefix=prefix))
+            log.cluster = request.getfixturevalue("cluster")
+        else:
+            log = KafkaLog(KafkaConfig(servers=real_servers(), topic_prefix=prefix, replication=1, min_insync=1))
+        opened.append(log)
+        return log
+
+    yield open_it
+    for log in opened:
+        log.close()
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "log.sqlite"
-
-
-@pytest.fixture
-def log(path):
-    log = SqliteLog(path)
+def log(connect):
+    log = connect()
     log.ensure_topic(CANDIDATES, 3)
     log.ensure_topic(SOURCE_STATE, 1)
     return log
@@ -34,9 +61,39 @@ def test_order_within_a_partition_is_the_order_of_appending(log):
     assert log.bounds(CANDIDATES, 1) == (0, 5) and log.read(CANDIDATES, 1, 5, 10) == []
 
 
-def test_a_key_always_goes_to_the_same_partition(log, path):
-    first = {key: log.append([new(b"x", key)])[0][0] for key in (b"a.example", b"b.example", b"c.example", b"")}
-    assert {key: SqliteLog(path).append([new(b"y", key)])[0][0] for key in first} == first
+def test_a_key_always_goes_to_the_same_partition_whoever_appends(log, connect):
+    keys = (b"a.example", b"b.example", b"c.example", b"d.example", b"")
+    first = {key: log.append([new(b"x", key)])[0][0] for key in keys}
+    again = connect()
+    assert {key: again.append([new(b"y", key)])[0][0] for key in keys} == first
+    assert first == {key: partition_of(key, 3) for key in keys} and len(set(first.values())) > 1
+
+
+def test_any_place_can_be_read_in_any_order_and_again(log, connect):
+    for p in range(3):
+        log.append([new(b"%d-%d" % (p, i), partition=p) for i in range(30)])
+    for reader in (log, connect()):
+        for p, offset, most in ((0, 10, 5), (1, 0, 30), (0, 15, 100), (0, 10, 1), (2, 29, 10), (2, 30, 10), (0, 0, 3)):
+            found = reader.read(CANDIDATES, p, offset, most)
+            assert [r.value for r in found] == [b"%d-%d" % (p, i) for i in range(offset, min(30, offset + most))][: len(found)]
+            assert bool(found) == (offset < 30) and all(r.key == b"k" and r.partition == p for r in found)
+
+
+def test_what_is_appended_while_one_waits_at_the_end_is_read_next(log, connect):
+    other = connect()
+    assert log.read(CANDIDATES, 1, 0, 10) == []
+    for i in range(3):
+        other.append([new(b"%d" % i, partition=1)])
+        deadline = time.monotonic() + 60
+        while not (found := log.read(CANDIDATES, 1, i, 10)) and time.monotonic() < deadline:
+            pass
+        assert [r.value for r in found] == [b"%d" % i] and abs(found[0].timestamp_ms / 1000 - time.time()) < 3600
+
+
+def test_a_place_that_does_not_exist_is_not_found(log):
+    for call in (lambda: log.read(CANDIDATES, 7, 0, 1), lambda: log.bounds(CANDIDATES, 7), lambda: log.partitions("nowhere")):
+        with pytest.raises(NotFound, match="no (partition 7 of topic|topic)"):
+            call()
 
 
 def test_an_append_over_several_topics_is_all_or_none(log):
@@ -47,10 +104,11 @@ def test_an_append_over_several_topics_is_all_or_none(log):
     assert [log.bounds(CANDIDATES, p) for p in range(3)] == [(0, 0)] * 3
 
 
-def test_the_newest_value_of_a_key_is_what_a_compacted_topic_keeps(log):
+def test_the_newest_value_of_a_key_is_what_a_compacted_topic_keeps(log, connect):
     log.append([new(b"1", b"c", SOURCE_STATE), new(b"2", b"c", SOURCE_STATE)])
     log.append([new(b"3", b"c", SOURCE_STATE)])
     assert log.latest(SOURCE_STATE, b"c") == b"3" and log.latest(SOURCE_STATE, b"other") is None
+    assert connect().latest(SOURCE_STATE, b"c") == b"3"
 
 
 def test_a_gap_is_an_incident_never_a_silent_jump(log):
@@ -74,47 +132,17 @@ def test_another_number_of_partitions_is_refused_with_the_remedy(log):
         log.ensure_topic(CANDIDATES, 4)
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path):
-    path = tmp_path / "log.sqlite"
-    path.write_bytes(b"not a database, but long enough to be looked at by sqlite" * 20)
-    with pytest.raises(Corrupt, match=r"log\.sqlite.*not a database.*backup"):
-        SqliteLog(path)
+def test_positions_of_another_making_of_the_log_are_not_taken_for_its_own(log, connect):
+    assert log.log_id == connect().log_id and log.log_id
 
 
-def test_processes_that_append_at_once_lose_and_double_nothing(log, path):
-    code = (
-        "import sys; from pathlib import Path; from streamlearn.contract.event_log import *\n"
-        "log = SqliteLog(Path(sys.argv[1]))\n"
-        "for i in range(50): log.append([NewRecord('candidates', b'k', b'%s-%d' % (sys.argv[2].encode(), i), 0) for _ in range(2)])"
-    )
-    children = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)]) for n in range(3)]
-    assert [c.wait() for c in children] == [0, 0, 0]
-    records = log.read(CANDIDATES, 0, 0, 1000)
-    assert [r.offset for r in records] == list(range(300))
-    assert len({r.value for r in records}) == 150
-
-
-def test_killed_while_appending_the_log_holds_whole_batches_only(log, path):
-    code = (
-        "import sys; from pathlib import Path; from streamlearn.contract.event_log import *\n"
-        "log = SqliteLog(Path(sys.argv[1]))\n"
-        "i = 0\nwhile True:\n"
-        "    batch = [NewRecord('candidates', b'k', b'%d' % i, 0) for _ in range(20)]\n"
-        "    log.append([*batch, NewRecord('source-state', b'c', b'%d' % i)])\n"
-        "    i += 1"
-    )
-    for pause in (0.3, 0.45, 0.6):
-        child = subprocess.Popen([sys.executable, "-c", code, str(path)])
-        before = log.bounds(CANDIDATES, 0)[1]
-        while log.bounds(CANDIDATES, 0)[1] == before:
-            pass
-        threading.Event().wait(pause / 3)
-        child.kill()
-        child.wait()
-        records = log.read(CANDIDATES, 0, 0, 10**6)
-        assert len(records) % 20 == 0 and log.latest(SOURCE_STATE, b"c") == records[-1].value
-
-
-def test_a_recreated_log_has_another_name(tmp_path):
-    assert SqliteLog(tmp_path / "a").log_id != SqliteLog(tmp_path / "b").log_id
-    assert SqliteLog(tmp_path / "a").log_id == SqliteLog(tmp_path / "a").log_id
+def test_all_who_subscribe_own_every_partition_between_them(log):
+    member = log.subscribe("readers", [CANDIDATES, SOURCE_STATE])
+    every = {(CANDIDATES, 0), (CANDIDATES, 1), (CANDIDATES, 2), (SOURCE_STATE, 0)}
+    deadline = time.monotonic() + 60
+    while member.owned() != every and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert member.owned() == every
+    log.commit("readers", {(CANDIDATES, 1): 4})
+    assert log.committed("readers", CANDIDATES, 1) == 4
+    member.close()

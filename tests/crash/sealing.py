@@ -88,7 +88,7 @@ def feed(log, base, paths):
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json(), i % PARTITIONS)])
 
 
-def fetch_until(place, done, limit_s=150.0):
+def fetch_until(place, done, limit_s=150.0, watcher=None):
     """Run the role until `done(place)`; whatever kills it is raised."""
     stop, failed = threading.Event(), []
 
@@ -103,7 +103,7 @@ def fetch_until(place, done, limit_s=150.0):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     deadline = time.monotonic() + limit_s
-    watcher = Place(place.home)  # connections of its own: the role's are not shared between threads
+    watcher = watcher or Place(place.home)  # connections of its own: the role's are not shared between threads
     while thread.is_alive() and not done(watcher) and time.monotonic() < deadline:
         time.sleep(0.05)
     stop.set()

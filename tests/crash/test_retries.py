@@ -5,10 +5,10 @@ import pytest
 from ingest.fetch.client import Fetched, Unanswered
 from ingest.fetch.screen import screen
 from ingest.pack import GROUP, Packer, Taken, Unit
-from streamlearn.contract.candidate import Candidate
+from streamlearn.contract.candidate import MAX_BYTES, Candidate
 from streamlearn.contract.errors import Fenced, StoreFull
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, SqliteLog, retry_topic
-from streamlearn.contract.shards import DUPLICATE, STORED
+from streamlearn.contract.shards import DEAD, DEFERRED, DUPLICATE, STORED
 from tests.crash.sealing import PARTITIONS, Dying, DyingLog, Killed, feed, fetch_until, rows_of
 from tests.ingest.server import Place, Site, picture, serving
 
@@ -106,3 +106,43 @@ def test_a_full_log_after_the_commit_is_tried_again_without_telling_twice(tmp_pa
     place.log.__class__ = SqliteLog
     packer.seal(unit)
     assert place.log.bounds(retry_topic(0), 0)[1] == 1 and place.log.bounds("shards", 0)[1] == ballast + 1
+
+
+def deferred(tmp_path, *answers, delays=(300.0, 3600.0, 86400.0), **fields):
+    """The topics and candidates that one candidate goes through."""
+    place, found = Place(tmp_path), []
+    packer = Packer(place.log, place.store, place.catalog, retry_delays_s=delays, clock=lambda: 1000.0)
+    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z", **fields)
+    for number, answer in enumerate(answers):
+        unit = Unit(CANDIDATES, 0, number, tmp_path / f"{number}.tar", 0.0)
+        outcome = packer.add(unit, Taken(number, candidate, answer))
+        found.append((outcome.outcome, outcome.reason))
+        candidate = Candidate.from_json(unit.after[0].value) if outcome.outcome == DEFERRED else candidate
+    return found, candidate
+
+
+def test_who_is_asked_in_vain_goes_through_every_delay_and_is_dead_after_the_last(tmp_path):
+    found, last = deferred(tmp_path, *[Unanswered("HTTP 500")] * 4)
+    assert found == [(DEFERRED, "retry.0"), (DEFERRED, "retry.1"), (DEFERRED, "retry.2"), (DEAD, "no_answer")]
+    assert (last.attempt, last.waits, last.not_before) == (3, 0, 1000.0 + 86400)
+
+
+def test_a_time_that_a_server_names_is_waited_for_in_a_topic_whose_records_all_wait_as_long(tmp_path):
+    """Else its retry would stand before others that are due, for a day."""
+    found, last = deferred(tmp_path, Unanswered("HTTP 429", 4000.0))
+    assert found == [(DEFERRED, "retry.2")] and last.not_before == 1000.0 + 86400
+
+
+def test_whose_turn_it_is_not_loses_no_attempt(tmp_path):
+    busy = Unanswered("the host has no turn", 400.0, asked=False)
+    found, last = deferred(tmp_path, *[busy] * 5, Unanswered("HTTP 500"), busy)
+    assert found == [(DEFERRED, "retry.1")] * 5 + [(DEFERRED, "retry.0"), (DEFERRED, "retry.1")]
+    assert (last.attempt, last.waits) == (1, 6)
+    assert deferred(tmp_path, busy, waits=1000)[0] == [(DEAD, "no_answer")]
+
+
+def test_a_candidate_as_large_as_may_be_can_be_tried_again(tmp_path):
+    base = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z", alt="x")
+    alt = "x" * (1 + MAX_BYTES - len(base.to_json()))
+    found, last = deferred(tmp_path, *[Unanswered("HTTP 500")] * 3, alt=alt)
+    assert [f for f, _ in found] == [DEFERRED] * 3 and last.alt == alt

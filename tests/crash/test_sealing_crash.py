@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ingest.fetch.run import run_fetch
+from streamlearn.contract.config import ShardConfig
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, retry_topic
 from streamlearn.contract.metrics import FetchMetrics
@@ -151,6 +152,22 @@ def test_a_full_spool_is_waited_out_and_nothing_is_lost(tmp_path, tiny_disk):  #
             role.join(60)
     check(Place(tmp_path), [f"{i}.jpg" for i in range(40)], 40)
     assert metrics.full._value.get() >= 1
+
+
+def test_a_spool_over_its_bound_is_sealed_before_its_time(tmp_path):
+    """Neither age nor size of one unit says so: it is all of them together."""
+    place = Place(tmp_path)
+    big = {"spool_bytes": 2**20, "buffer_bytes": 2**20, "max_bytes": 2**21}
+    place.config = place.config.model_copy(
+        update={"shard": ShardConfig(max_samples=10**6, max_age_s=10**6), "fetch": place.config.fetch.model_copy(update=big)}
+    )
+    site = Site()
+    site.size = (400, 300)
+    with serving(site) as base:
+        feed(place.log, base, [f"{i}.jpg" for i in range(60)])
+        fetch_until(place, lambda p: sum(row.num_samples for row in p.catalog.rows()) >= 20)
+    sizes = [row.bytes for row in Place(tmp_path).catalog.rows()]
+    assert sizes and max(sizes) <= 2**20 + 2**18 and len({(o["url"]) for _, _, o in rows_of(place)}) == len(rows_of(place))
 
 
 def test_killed_with_a_real_kill_the_next_start_loses_and_doubles_nothing(tmp_path):

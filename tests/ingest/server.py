@@ -62,11 +62,12 @@ class Site:
     """Serves pictures at /<n>.jpg and trouble at /trouble/<name>; counts requests."""
 
     def __init__(self):
-        self.hits, self.fail_first, self.down = {}, {}, False
+        self.hits, self.fail_first, self.down, self.size = {}, {}, False, None
 
     def application(self):
         app = web.Application()
         app.router.add_get(r"/{n:\d+}.jpg", self.picture)
+        # no /robots.txt: a 404 costs nothing, and allows everything
         app.router.add_get("/trouble/{name}", self.trouble)
         return app
 
@@ -75,7 +76,8 @@ class Site:
         self.hits[n] = self.hits.get(n, 0) + 1
         if self.down or self.hits[n] <= self.fail_first.get(n, 0):
             raise web.HTTPServiceUnavailable
-        return web.Response(body=picture(n), content_type="text/plain", headers={"ETag": f'"{n}"'})  # a lying type
+        body = picture(n, size=self.size) if self.size else picture(n)
+        return web.Response(body=body, content_type="text/plain", headers={"ETag": f'"{n}"'})  # a lying type
 
     async def trouble(self, request):
         name = request.match_info["name"]
@@ -90,11 +92,20 @@ class Site:
             raise web.HTTPFound("file:///etc/passwd")
         if name == "busy":
             raise web.HTTPTooManyRequests(headers={"Retry-After": "77"})
+        if name == "bytes":
+            return await self._raw(request, b'ETag: "\xff\xfe"\r\nLast-Modified: \xe9t\xe9\r\n')
         if name == "stalled":
             await asyncio.sleep(30)
         if name in ("endless", "drip", "lying"):
             return await self._pour(request, name)
         raise web.HTTPNotFound
+
+    async def _raw(self, request, headers):
+        """An answer whose headers are not text."""
+        body = picture(4)
+        request.transport.write(b"HTTP/1.1 200 OK\r\n" + headers + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        request.transport.close()
+        return web.Response()
 
     async def _pour(self, request, name):
         response = web.StreamResponse(headers={"Content-Type": "image/jpeg"})
@@ -148,6 +159,9 @@ FETCH = FetchConfig(
     max_bytes=200_000,
     backoff_s=0.01,
     retry_delays_s=(0.05, 0.05),
+    host_rate=0,  # one host, hundreds of requests a second
+    breaker_failures=0,  # it goes down and comes back within a test
+    robots_retry_s=0.05,
 )
 
 

@@ -86,6 +86,13 @@ def test_nobody_listening_is_left_for_later():
     assert isinstance(got, Unanswered) and "Connect" in got.detail
 
 
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..b", ".", "%zz", "a b", "*", "a.example.."])
+@pytest.mark.parametrize("robots", [True, False])
+def test_what_is_no_name_of_a_host_is_refused_and_ends_no_process(host, robots):
+    got = fetch(f"http://{host}/1.jpg", FETCH.model_copy(update={"robots": robots}))
+    assert isinstance(got, Refused) and got.reason == Reason.BAD_URL
+
+
 def test_a_file_is_read_only_from_a_watched_folder(tmp_path):
     watched, other = tmp_path / "watched", tmp_path / "other"
     for folder in (watched, other):
@@ -122,3 +129,18 @@ def test_a_file_cut_short_anywhere_is_never_stored(kind, size):
 def test_no_body_of_the_table_takes_the_default_caps_as_an_image():
     caps = FetchConfig()
     assert [n for n, b in BODIES.items() if isinstance(screen(b, max_pixels=caps.max_pixels, min_side=caps.min_side), Seen)] == []
+
+
+def test_headers_that_are_no_text_are_made_text(site, tmp_path):
+    """They go into JSON and parquet, which hold nothing else."""
+    got = fetch(f"{site.base}/trouble/bytes")
+    assert isinstance(got, Fetched) and '"' in got.etag
+    for text in (got.etag, got.last_modified):
+        text.encode()
+
+
+def test_a_file_name_that_is_none_is_refused(tmp_path):
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    for url in ("file:///a%00b.jpg", f"file://{tmp_path}/loop.jpg"):
+        got = fetch(url, folders=(tmp_path,))
+        assert isinstance(got, Refused) and got.reason in (Reason.BAD_URL, Reason.OUTSIDE), got

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from ingest.connectors import base
-from ingest.connectors.run import build, poll, run_connect
+from ingest.connectors.run import Source, build, run_connect
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import Config, ConnectorConfig
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SOURCE_STATE, SqliteLog
 from streamlearn.contract.metrics import ConnectMetrics
 from streamlearn.contract.status import Heartbeat
@@ -26,7 +26,7 @@ class Killed(BaseException): ...
 
 
 class DyingLog(SqliteLog):
-    """Dies before or after the n-th append."""
+    """Dies before the n-th append, after it, or half way through it, as one on Kafka may."""
 
     countdown, when = -1, "before"
 
@@ -34,6 +34,8 @@ class DyingLog(SqliteLog):
         self.countdown -= 1
         if self.countdown == 0 and self.when == "before":
             raise Killed
+        if self.countdown == 0 and self.when == "half way":
+            records = records[: len(records) // 2]
         done = super().append(records)
         if self.countdown == 0:
             raise Killed
@@ -52,12 +54,12 @@ def make_log(folder):
     return log
 
 
-def connector(path, kind="urls", **more):
-    return build(ConnectorConfig(name="c", kind=kind, path=str(path), **more))
+def connector(path, kind="urls", name="c", **more):
+    return build(ConnectorConfig(name=name, kind=kind, path=str(path), **more))
 
 
 def go(log, source):
-    return poll("c", source, log, ConnectMetrics(CollectorRegistry()), threading.Event())
+    return Source("c", source, log, ConnectMetrics(CollectorRegistry())).poll(threading.Event())
 
 
 def announced(log, topic=CANDIDATES):
@@ -68,8 +70,8 @@ def urls(log):
     return sorted(Candidate.from_json(r.value).url for r in announced(log))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("when", ["before", "half way", "after"])
+@pytest.mark.parametrize("nth", range(1, 8))
 def test_killed_at_any_append_every_line_is_announced_exactly_once(log, tmp_path, monkeypatch, when, nth):
     monkeypatch.setattr("ingest.connectors.urls.BATCH", 4)
     lines = [f"http://x/{i}.jpg" for i in range(11)]
@@ -80,6 +82,50 @@ def test_killed_at_any_append_every_line_is_announced_exactly_once(log, tmp_path
     log.countdown = -1
     go(log, connector(tmp_path / "u.txt"))
     assert urls(log) == sorted(lines)
+
+
+def test_what_others_announce_is_not_taken_for_its_own(log, tmp_path):
+    """Two connectors find the same URL: both announce it, also where one of them has died in between."""
+    (tmp_path / "u.txt").write_text("http://x/1.jpg\nhttp://x/2.jpg\n")
+    log.countdown, log.when = 3, "before"  # its candidates are told, its cursor is not
+    with pytest.raises(Killed):
+        go(log, connector(tmp_path / "u.txt"))
+    log.countdown = -1
+    metrics = ConnectMetrics(CollectorRegistry())
+    assert Source("other", connector(tmp_path / "u.txt", name="other"), log, metrics).poll(threading.Event()) == 2
+    assert go(log, connector(tmp_path / "u.txt")) == 0
+    assert urls(log) == ["http://x/1.jpg"] * 2 + ["http://x/2.jpg"] * 2
+
+
+def test_after_a_fault_the_log_is_looked_at_again(log, tmp_path, monkeypatch):
+    (tmp_path / "u.txt").write_text("http://x/1.jpg\nhttp://x/2.jpg\n")
+    source = Source("c", connector(tmp_path / "u.txt"), log, ConnectMetrics(CollectorRegistry()))
+    append, calls = log.append, []
+
+    def fail_once_after(records):
+        done = append(records)
+        calls.append(records)
+        if len(calls) == 2:
+            raise Retryable("the acknowledgement was lost")
+        return done
+
+    monkeypatch.setattr(log, "append", fail_once_after)
+    with pytest.raises(Retryable):
+        source.poll(threading.Event())
+    assert source.poll(threading.Event()) == 0 and source.poll(threading.Event()) == 0
+    assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"]
+
+
+def test_a_quiet_connector_renews_its_ends(log, tmp_path, monkeypatch):
+    monkeypatch.setattr("ingest.connectors.run.RENEW_S", 0.0)
+    (tmp_path / "u.txt").write_text("http://x/1.jpg\n")
+    source = Source("c", connector(tmp_path / "u.txt"), log, ConnectMetrics(CollectorRegistry()))
+    source.poll(threading.Event())
+    (tmp_path / "v.txt").write_text("".join(f"http://h{i}/v.jpg\n" for i in range(50)))
+    Source("v", connector(tmp_path / "v.txt", name="v"), log, ConnectMetrics(CollectorRegistry())).poll(threading.Event())
+    source.poll(threading.Event())
+    ends = base.load(log.latest(SOURCE_STATE, b"c"))["ends"]
+    assert sum(ends.values()) == 51
 
 
 @settings(max_examples=25, deadline=None)
@@ -110,7 +156,7 @@ def test_csv_and_parquet_bring_their_columns_along(log, tmp_path):
         pa.table({"url": [f"http://x/{i}.jpg" for i in range(2, 9)], "license": ["CC-BY"] * 7}), tmp_path / "u.parquet", row_group_size=3
     )
     go(log, connector(tmp_path / "u.csv", url_column="link"))
-    poll("p", connector(tmp_path / "u.parquet"), log, ConnectMetrics(CollectorRegistry()), threading.Event())
+    Source("p", connector(tmp_path / "u.parquet"), log, ConnectMetrics(CollectorRegistry())).poll(threading.Event())
     found = {c.url: c for c in (Candidate.from_json(r.value) for r in announced(log))}
     assert len(found) == 8 and found["http://x/1.jpg"].alt == "a, b" and found["http://x/5.jpg"].license == "CC-BY"
 
@@ -192,4 +238,4 @@ def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     finally:
         stop.set()
         thread.join(60)
-    assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"] and base.load(log.latest(SOURCE_STATE, b"c")) == {"byte": 30}
+    assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"] and base.load(log.latest(SOURCE_STATE, b"c"))["cursor"] == {"byte": 30}

@@ -1,0 +1,93 @@
+"""The catalog on S3 when the network lies.  The suite of all catalogs is tests/contract's."""
+
+import pytest
+
+from streamlearn.contract import catalog as module
+from streamlearn.contract.errors import Corrupt, Retryable
+from tests.adapters.faultproxy import Fault
+from tests.contract.test_catalog import advance, on_s3, row
+
+ALWAYS = 999
+ENTRY = r"_delta_log/\d+\.json"
+
+
+@pytest.fixture
+def proxy(bucket):
+    with bucket.behind_faults() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def where(bucket, proxy):
+    return on_s3(bucket.config(endpoint_url=proxy.url))
+
+
+@pytest.fixture
+def catalog(where):
+    catalog = where.catalog(attempts=2)
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    return catalog
+
+
+@pytest.mark.parametrize("act", ["answer", "reset_before", "reset_after"])
+@pytest.mark.parametrize("tries", [1, 2])
+def test_one_fault_at_the_commit_point_and_it_is_committed_exactly_once(bucket, proxy, catalog, act, tries):
+    """With one try nothing repeats the PUT but we; with two delta-rs does, and may hear 412 from its own success."""
+    catalog = on_s3(bucket.config(endpoint_url=proxy.url, attempts=tries)).catalog()
+    proxy.faults = [Fault(act, "PUT", ENTRY)]
+    version = catalog.commit([row(5, 9)], [advance(5, 9)])
+    assert proxy.requests("PUT").count(act) == 1 and version == catalog.version() == 2
+    assert [r.key for r in catalog.rows()] == ["shards/0/0-5", "shards/0/5-9"] and catalog.position("candidates", 0) == 9
+
+
+@pytest.mark.parametrize("act", ["answer", "reset_before", "reset_after"])
+def test_one_fault_at_the_making_of_the_table_is_survived(proxy, where, act):
+    proxy.faults = [Fault(act, "PUT", ENTRY)]
+    catalog = where.catalog()
+    catalog.commit([row(0, 5)], [advance(0, 5)])
+    assert proxy.requests("PUT").count(act) == 1 and len(catalog.rows()) == 1
+
+
+CALLS = {
+    "version": lambda c: c.version(),
+    "position": lambda c: c.position("candidates", 0),
+    "rows": lambda c: c.rows(),
+    "commit": lambda c: c.commit([row(5, 9)], [advance(5, 9)]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("known", [True, False], ids=["open", "new"])
+@pytest.mark.parametrize("act", ["answer", "reset_before", "reset_after"])
+def test_a_store_out_of_reach_is_a_fault_that_passes_and_never_a_damaged_table(proxy, where, catalog, call, known, act):
+    proxy.faults = [Fault(act, method, times=ALWAYS) for method in ("GET", "PUT", "HEAD")]
+    with pytest.raises(Retryable, match=f"{where.uri}.*cannot be reached.*{proxy.url}"):
+        CALLS[call](catalog if known else where.catalog())
+    proxy.faults = []
+    assert catalog.position("candidates", 0) == 5 and len(catalog.rows()) == 1
+
+
+@pytest.mark.parametrize("act", ["answer", "truncate"])
+def test_rows_out_of_reach_are_a_fault_that_passes(proxy, catalog, act):
+    proxy.faults = [Fault(act, "GET", "parquet", keep=10, times=ALWAYS)]
+    with pytest.raises(Retryable, match="cannot be reached"):
+        catalog.rows()
+
+
+def test_rows_that_are_gone_are_damage(proxy, catalog):
+    proxy.faults = [Fault("answer", "GET", "parquet", status=404, code="NoSuchKey", times=ALWAYS)]
+    with pytest.raises(Corrupt, match="names a file that cannot be read"):
+        catalog.rows()
+
+
+def test_a_table_that_cannot_be_made_is_a_fault_that_passes(proxy, where):
+    proxy.faults = [Fault("answer", "PUT", times=ALWAYS)]
+    with pytest.raises(Retryable, match="cannot be reached"):
+        where.catalog(attempts=1).commit([row(0, 5)], [advance(0, 5)])
+
+
+def test_a_commit_stands_though_its_checkpoint_fails(proxy, catalog, monkeypatch, caplog):
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    proxy.faults = [Fault("answer", "PUT", "checkpoint", times=ALWAYS)]
+    assert catalog.commit([row(5, 9)], [advance(5, 9)]) == 2
+    assert "no checkpoint of version 2" in caplog.text and len(catalog.rows()) == 2
