@@ -13,6 +13,16 @@ from tests.crash.sealing import PARTITIONS, Dying, DyingLog, Killed, feed, fetch
 from tests.ingest.server import Place, Site, picture, serving
 
 
+def place_of_one(home):
+    """A place whose log holds one candidate, in topics of one partition."""
+    place = Place(home)
+    for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
+        place.log.ensure_topic(topic, 1)
+    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z")
+    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    return place, candidate
+
+
 def test_only_the_owner_that_commits_decides(tmp_path):
     """One owner saw no answer, the other an image: the loser's retry would store it a second time."""
     place = Place(tmp_path)
@@ -39,11 +49,7 @@ def test_only_the_owner_that_commits_decides(tmp_path):
 
 
 def test_what_the_log_has_dropped_is_retried_from_the_sidecar(tmp_path):
-    place = Place(tmp_path)
-    for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
-        place.log.ensure_topic(topic, 1)
-    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z")
-    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    place, candidate = place_of_one(tmp_path)
     dying = Dying("retries", "before")
     place.log.__class__, place.log.dying = DyingLog, dying
     packer = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,))
@@ -82,11 +88,7 @@ class FullAtCommit(SqliteLog):
 
 
 def test_a_full_log_after_the_commit_is_tried_again_without_telling_twice(tmp_path):
-    place = Place(tmp_path)
-    for topic in (CANDIDATES, DEAD_LETTERS, "shards", retry_topic(0)):
-        place.log.ensure_topic(topic, 1)
-    candidate = Candidate(url="http://a.example/1.jpg", source="t", source_ref="7", discovered_at="2026-11-21T00:00:00Z")
-    place.log.append([NewRecord(CANDIDATES, b"", candidate.to_json())])
+    place, candidate = place_of_one(tmp_path)
     packer = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,))
     unit = Unit(CANDIDATES, 0, 0, tmp_path / "0.tar", 0.0)
     packer.add(unit, Taken(0, candidate, Unanswered("timed out")))
