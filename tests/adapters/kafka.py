@@ -114,6 +114,13 @@ def mock_config(cluster, **more):
     return KafkaConfig(**settings | more)
 
 
+def open_mocked(cluster, kind=MockedLog, **more):
+    """A log on the mock cluster."""
+    log = kind(mock_config(cluster, **more))
+    log.cluster = cluster
+    return log
+
+
 def real_servers():
     """Brokers that STREAMLEARN_TEST_KAFKA names, host:port with commas."""
     return tuple(filter(None, os.environ.get("STREAMLEARN_TEST_KAFKA", "").split(",")))

@@ -12,7 +12,7 @@ from streamlearn.contract.config import KafkaConfig
 from streamlearn.contract.config_file import load
 from streamlearn.contract.errors import ConfigError, OffsetGap, Retryable, Stuck
 from streamlearn.contract.event_log import CANDIDATES, NewRecord
-from tests.adapters.kafka import DROP, MockCluster, MockedLog, mock_config
+from tests.adapters.kafka import DROP, MockCluster, open_mocked
 
 NOT_LEADER, TIMED_OUT, TOO_FEW_REPLICAS, TOO_FEW_AFTER_APPEND, STORAGE = 6, 7, 19, 20, 56
 
@@ -29,10 +29,8 @@ def open_log(cluster):
     opened, prefix = [], f"t{uuid.uuid4().hex[:8]}."
 
     def open_it(**more):
-        log = MockedLog(mock_config(cluster, topic_prefix=prefix, **more))
-        log.cluster = cluster
-        opened.append(log)
-        return log
+        opened.append(open_mocked(cluster, topic_prefix=prefix, **more))
+        return opened[-1]
 
     yield open_it
     for log in opened:

@@ -9,7 +9,7 @@ from streamlearn.adapters.kafka_log import KafkaLog
 from streamlearn.contract.config import KafkaConfig
 from streamlearn.contract.errors import ConfigError, NotFound, OffsetGap
 from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, NewRecord, SqliteLog, partition_of
-from tests.adapters.kafka import MockCluster, MockedLog, mock_config, real_servers
+from tests.adapters.kafka import MockCluster, open_mocked, real_servers
 
 KINDS = ["sqlite", "mock kafka", *(["real kafka"] if real_servers() else [])]
 
@@ -30,8 +30,7 @@ def connect(request, tmp_path):
         if request.param == "sqlite":
             return SqliteLog(tmp_path / "log.sqlite")
         if request.param == "mock kafka":
-            log = MockedLog(mock_config(request.getfixturevalue("cluster"), topic_prefix=prefix))
-            log.cluster = request.getfixturevalue("cluster")
+            log = open_mocked(request.getfixturevalue("cluster"), topic_prefix=prefix)
         else:
             log = KafkaLog(KafkaConfig(servers=real_servers(), topic_prefix=prefix, replication=1, min_insync=1))
         opened.append(log)

@@ -13,7 +13,7 @@ from streamlearn.contract.event_log import CANDIDATES
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.shards import STORED
 from streamlearn.contract.status import Heartbeat, read_status
-from tests.adapters.kafka import MockCluster, MockedLog, mock_config
+from tests.adapters.kafka import MockCluster, MockedLog, open_mocked
 from tests.crash.sealing import Dying, Killed, check, feed, fetch_until, rows_of, settled, wait
 from tests.ingest.server import Place, Site, serving
 
@@ -52,8 +52,7 @@ class KafkaPlaces:
         place = Place(self.home)
         place.home = home or self.home
         place.log.close()
-        place.log = kind(mock_config(self.cluster, topic_prefix=self.prefix, **more))
-        place.log.cluster = self.cluster
+        place.log = open_mocked(self.cluster, kind, topic_prefix=self.prefix, **more)
         place.catalog = DeltaCatalog(str(self.home / "store" / "catalog" / "shards"), log_id=place.log.log_id)
         self.open.append(place.log)
         return place
