@@ -14,22 +14,21 @@ one TLS context and one connection pool for the process; no proxies, no cookies,
 
 import asyncio
 import re
-import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
-import aiohttp
 from yarl import URL
 
 from ingest.fetch import optout, robots
-from ingest.fetch.guard import MARK, Guard, complaint
+from ingest.fetch.guard import AddressRefused, Guard, complaint
 from ingest.fetch.hosts import Busy, Hosts, Turn, host_of, retry_after_s
 from ingest.fetch.screen import Reason, Refused, Seen, screen
+from ingest.fetch.transport import Answer, BadUrl, Broken, Transport
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import FetchConfig
 from streamlearn.contract.status import now
@@ -39,7 +38,7 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
 _NAMES_A_TIME = {429, 503}  # with Retry-After: for the whole host
 _ROBOTS_REDIRECTS = 5  # RFC 9309, 2.3.1.2
-_ROBOTS_HEADERS = {"Accept": "text/plain, */*;q=0.5", "Accept-Encoding": "identity"}
+_SMALL_TALK = 2**16  # bytes of a page that says no, read so that its connection can be used again
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.I | re.A)  # or an IPv6 literal
 T = TypeVar("T")
 
@@ -80,6 +79,15 @@ class _Left:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Wanted(Generic[T]):
+    """What is asked for, how much of the body is wanted, and what is made of it."""
+
+    headers: dict[str, str]
+    cap: Callable[[Answer], int]
+    read: Callable[[Answer], T]
+
+
 class _Again(Exception):
     """This try failed in a way that may pass."""
 
@@ -96,6 +104,7 @@ class Client:
         self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
         self.token = robots.product_token(config.user_agent)
         self.hosts = Hosts(config)
+        self._wanted: _Wanted[_Body | Refused | str] = _Wanted({"Accept": "image/*"}, self._image_cap, self._image)
         self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
         self.robots = robots.Robots(
             self._robots_txt,
@@ -106,28 +115,17 @@ class Client:
         )
 
     async def __aenter__(self) -> "Client":
-        connector = aiohttp.TCPConnector(
-            limit=self.config.concurrency,
-            ssl=ssl.create_default_context(),  # one for all: building it costs tens of milliseconds
-            socket_factory=self.guard.socket_factory(),
-            ttl_dns_cache=60,
-        )
-        timeout = aiohttp.ClientTimeout(total=self.config.total_timeout_s, sock_connect=self.config.connect_timeout_s)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=timeout,
-            trust_env=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": self.config.user_agent, "Accept": "image/*"},
-            auto_decompress=False,  # images are not compressed in transit; a gzip bomb is then just a small non-image
-            max_line_size=16384,
-            max_field_size=16384,
+        self._transport = Transport(
+            self.guard,
+            user_agent=self.config.user_agent,
+            connect_timeout_s=self.config.connect_timeout_s,
+            connections=self.config.concurrency,
         )
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.robots.close()
-        await self._session.close()
+        await self._transport.close()
 
     async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered:
         """The image of a candidate, or why there is none."""
@@ -153,7 +151,7 @@ class Client:
             delay_s = await self._permission(at)
             if isinstance(delay_s, Refused):
                 return delay_s
-            found = await self._request(at, delay_s, left, self._image)
+            found = await self._request(at, delay_s, left, self._wanted)
             if isinstance(found, Refused):
                 return found
             if isinstance(found, _Body):  # looked at after the turn: the host need not wait for our processor
@@ -178,75 +176,71 @@ class Client:
             return Refused(Reason.CRAWL_DELAY, f"{delay_s:g} s between requests, over {self.config.max_crawl_delay_s:g}")
         return delay_s
 
-    async def _request(
-        self,
-        url: URL,
-        delay_s: float | None,
-        left: _Left,
-        read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
-        headers: dict[str, str] | None = None,
-    ) -> T | Refused:
-        """One request, in its host's turn, and what `read` makes of the answer.  Raises _Again."""
+    async def _request(self, url: URL, delay_s: float | None, left: _Left, wanted: "_Wanted[T]") -> T | Refused:
+        """One request, in its host's turn, and what is made of the answer.  Raises _Again."""
         turn = await self.hosts.turn(host_of(url), delay_s)
         if isinstance(turn, Busy):
             raise _Again(turn.why, turn.after_s, asked=False)
-        began = time.monotonic()
         with turn:
-            try:
-                async with (
-                    self.room,
-                    asyncio.timeout(max(0.001, left.seconds)),
-                    self._session.get(url, allow_redirects=False, headers=headers) as answer,
-                ):
-                    self._raise_if_it_may_pass(answer, turn)
-                    found = await read(answer)
-                    turn.ok = answer.status < 500
-                    return found
-            except TimeoutError:
-                turn.ok = False
-                raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
-            except (aiohttp.ClientError, OSError) as e:
-                detail = str(e).encode(errors="backslashreplace").decode()  # servers' words may hold what no file can
-                if MARK in detail:
-                    return Refused(Reason.ADDRESS, detail[detail.index(MARK) :])
-                if isinstance(e, aiohttp.InvalidURL):
-                    return Refused(Reason.BAD_URL, detail)
-                turn.ok = False
-                raise _Again(f"{type(e).__name__}: {detail}") from e
-            finally:
-                left.seconds -= time.monotonic() - began
+            async with self.room:
+                began = time.monotonic()
+                try:
+                    async with asyncio.timeout(max(0.001, left.seconds)):
+                        answer = await self._transport.get(str(url), wanted.headers, cap=wanted.cap)
+                except TimeoutError:
+                    turn.ok = False
+                    raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
+                except AddressRefused as e:
+                    return Refused(Reason.ADDRESS, str(e.strerror))
+                except BadUrl as e:
+                    return Refused(Reason.BAD_URL, str(e))
+                except Broken as e:
+                    turn.ok = False
+                    raise _Again(str(e)) from e
+                finally:
+                    left.seconds -= time.monotonic() - began
+            self._raise_if_it_may_pass(answer, turn)
+            turn.ok = answer.status < 500
+        return wanted.read(answer)
 
-    def _raise_if_it_may_pass(self, answer: aiohttp.ClientResponse, turn: Turn) -> None:
+    def _raise_if_it_may_pass(self, answer: Answer, turn: Turn) -> None:
         if answer.status not in _MAY_PASS:
             return
         turn.ok = False
-        after_s = retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+        after_s = retry_after_s(answer.headers.get("retry-after"), time.time())
         if after_s and answer.status in _NAMES_A_TIME:
             self.hosts.hold(turn.name, after_s)  # before the turn ends: nobody slips in between
         raise _Again(f"HTTP {answer.status}", after_s)
 
-    async def _image(self, answer: aiohttp.ClientResponse) -> _Body | Refused | str:
+    def _image_cap(self, answer: Answer) -> int:
+        """Bytes of the body to take."""
+        if answer.status != 200:
+            return _SMALL_TALK
+        return 0 if self._opted_out(answer) or answer.length > self.config.max_bytes else self.config.max_bytes
+
+    def _image(self, answer: Answer) -> "_Body | Refused | str":
         """The body of an answer, a refusal, or where it redirects to."""
-        if answer.status in _REDIRECTS and "Location" in answer.headers:
-            return answer.headers["Location"]
+        if target := _redirect(answer):
+            return target
         if answer.status != 200:
             return Refused(Reason.GONE, f"HTTP {answer.status}", answer.status)
-        if why := optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex):
-            answer.close()
+        if why := self._opted_out(answer):
             return Refused(Reason.OPT_OUT, why, 200)
-        if (answer.content_length or 0) > self.config.max_bytes:
-            return Refused(Reason.TOO_LARGE, f"{answer.content_length} bytes announced, over {self.config.max_bytes}", 200)
-        body = await _capped(answer, self.config.max_bytes)
-        if len(body) > self.config.max_bytes:  # whatever was announced
+        if answer.length > self.config.max_bytes:
+            return Refused(Reason.TOO_LARGE, f"{answer.length} bytes announced, over {self.config.max_bytes}", 200)
+        if answer.cut:  # whatever was announced
             return Refused(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", 200)
-        return _Body(body, _told(answer, "ETag", 256), _told(answer, "Last-Modified", 64))
+        return _Body(answer.body, answer.headers.get("etag")[:256], answer.headers.get("last-modified")[:64])
+
+    def _opted_out(self, answer: Answer) -> str:
+        return optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex)
 
     async def _robots_txt(self, url: URL) -> robots.Page:
         """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request."""
         left = _Left(self.config.total_timeout_s)
         try:
             for _ in range(_ROBOTS_REDIRECTS + 1):
-                found = await self._request(url, None, left, _page, _ROBOTS_HEADERS)
+                found = await self._request(url, None, left, _ROBOTS)
                 if isinstance(found, Refused):  # by our guard: its URLs will be refused with the same reason, without an answer of theirs
                     return robots.Page(403, detail=found.detail, passing=True)
                 if isinstance(found, robots.Page):
@@ -303,27 +297,23 @@ def _address(url: str, base: URL | None = None) -> URL | str:
         return f"not a URL: {str(e)!a}"
 
 
-async def _page(answer: aiohttp.ClientResponse) -> robots.Page | str:
+def _redirect(answer: Answer) -> str:
+    """Where an answer sends us; empty if nowhere."""
+    return answer.headers.get("location") if answer.status in _REDIRECTS else ""
+
+
+def _page(answer: Answer) -> robots.Page | str:
     """A robots.txt, or where it redirects to."""
-    if answer.status in _REDIRECTS and "Location" in answer.headers:
-        return answer.headers["Location"]
+    if target := _redirect(answer):
+        return target
     if not 200 <= answer.status < 300:
         return robots.Page(answer.status, detail=f"HTTP {answer.status}")
-    aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("Cache-Control", "").lower(), re.ASCII)
-    return robots.Page(answer.status, await _capped(answer, robots.BODY_BYTES), float(aged.group(1)) if aged else None)
+    aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("cache-control").lower(), re.ASCII)
+    return robots.Page(answer.status, answer.body, float(aged.group(1)) if aged else None)
 
 
-def _told(answer: aiohttp.ClientResponse, header: str, most: int) -> str:
-    """A header as text that every file can hold; aiohttp smuggles bytes that are no UTF-8 through as surrogates."""
-    return answer.headers.get(header, "").encode(errors="replace").decode()[:most]
-
-
-async def _capped(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The body; once it is over `limit` the connection is closed, and what came so far is returned."""
-    body = bytearray()
-    async for chunk in answer.content.iter_chunked(CHUNK):
-        body += chunk
-        if len(body) > limit:
-            answer.close()
-            break
-    return bytes(body)
+_ROBOTS = _Wanted(
+    {"Accept": "text/plain, */*;q=0.5", "Accept-Encoding": "identity"},
+    lambda answer: robots.BODY_BYTES if 200 <= answer.status < 300 else _SMALL_TALK,
+    _page,
+)
