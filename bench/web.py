@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ SUBJECT = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS
 
 @contextlib.contextmanager
 def nginx(images: Sequence[bytes], folder: Path) -> Iterator[tuple[str, str, Path]]:
-    """(http base, https base, the certificate to trust) while it runs.  Images are at /<number>.jpg; robots.txt allows everything."""
+    """(http base, https base, the authorities to trust) while it runs.  Images are at /<number>.jpg; robots.txt allows everything."""
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if binary is None:
         raise SystemExit("nginx is not installed: it serves the images of this benchmark (Debian: apt-get install nginx-light)")
@@ -46,10 +47,18 @@ def nginx(images: Sequence[bytes], folder: Path) -> Iterator[tuple[str, str, Pat
     server = subprocess.Popen([binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
     try:
         _wait_for(https)
-        yield f"http://127.0.0.1:{http}/", f"https://127.0.0.1:{https}/", folder / "cert.pem"
+        yield f"http://127.0.0.1:{http}/", f"https://127.0.0.1:{https}/", _trust(folder)
     finally:
         server.terminate()
         server.wait()
+
+
+def _trust(folder: Path) -> Path:
+    """The system's authorities and our certificate: what a TLS client has to read on a real machine."""
+    system = ssl.get_default_verify_paths().cafile
+    bundle = folder / "bundle.pem"
+    bundle.write_text((Path(system).read_text() if system else "") + (folder / "cert.pem").read_text())
+    return bundle
 
 
 def _free_port() -> int:
