@@ -99,7 +99,9 @@ def work(home: Path, share: str) -> None:
     fetch = FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=CONCURRENCY, per_host=CONCURRENCY, host_rate=0)
     log, store = Share(home / "log.sqlite"), FolderStore(home / "store")
     count = log.bounds(CANDIDATES, mine[0])[1]  # three shards a partition: nothing is left to be sealed by its age
-    config = Config(fetch=fetch, shard=ShardConfig(max_samples=-(-count // 3), max_age_s=5.0), log=LogConfig(partitions=PARTITIONS))
+    config = Config(
+        fetch=fetch, shard=ShardConfig(max_samples=min(1000, -(-count // 3)), max_age_s=5.0), log=LogConfig(partitions=PARTITIONS)
+    )
     catalog = DeltaCatalog(str(home / "store/catalog/shards"), log_id=log.log_id)
     ends = {p: log.bounds(CANDIDATES, p)[1] for p in mine}
     stop, ended = threading.Event(), [0.0]
@@ -112,7 +114,8 @@ def work(home: Path, share: str) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    (home / share.replace("/", "-")).mkdir()
+    spool = home / share.replace("/", "-")
+    spool.mkdir()
     before, begin = _cpu(), time.time()
     run_fetch(
         config,
@@ -120,9 +123,9 @@ def work(home: Path, share: str) -> None:
         store,
         catalog,
         FetchMetrics(CollectorRegistry()),
-        Heartbeat(home, "fetch"),
+        Heartbeat(spool, "fetch"),
         stop=stop,
-        home=home / share.replace("/", "-"),
+        home=spool,
     )
     stored = sum(row.num_samples for row in catalog.rows() if row.partition in mine)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
