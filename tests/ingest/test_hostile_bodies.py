@@ -198,7 +198,9 @@ def test_what_is_no_http_is_left_for_later_or_refused():
         return await _raw(request, RAW[names[int(request.match_info["name"])]])
 
     found = dict(zip(names, serve_and_fetch(handler, range(len(names))), strict=True))
-    assert not [name for name, r in found.items() if not isinstance(r, Refused | Unanswered) and r.body != GOOD_JPEG], found  # whole, or nothing
+    assert not [name for name, r in found.items() if not isinstance(r, Refused | Unanswered) and r.body != GOOD_JPEG], (
+        found
+    )  # whole, or nothing
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
