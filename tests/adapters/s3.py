@@ -81,8 +81,9 @@ def _client(url: str):
     )
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[tuple[str, int]]:
+@contextmanager
+def s3_serving() -> Iterator[tuple[str, int]]:
+    """Its address, while it runs in threads of this process."""
     from moto.server import ThreadedMotoServer  # a second to import, and most tests do without
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request buries what a failed test says
@@ -91,6 +92,12 @@ def s3_server() -> Iterator[tuple[str, int]]:
     server._server.app = OneAtATime(server._server.app)
     yield server.get_host_and_port()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[str, int]]:
+    with s3_serving() as address:
+        yield address
 
 
 @pytest.fixture
