@@ -5,7 +5,7 @@
 Three fetch roles, real processes on the real seams.  On Kafka two of them share the partitions out, and the third is a zombie for life: it
 owns everything always.  Each dies at a step of the sealing protocol chosen at random (before, half way through, after), or by SIGKILL at any
 time, and is started anew with units of another size.  Meanwhile the brokers (librdkafka's mock cluster) drop connections, move leaders and
-go down, the object store (moto behind a proxy) refuses, resets, delays and truncates, and the web server fails as the web does.
+go down, the object store (an S3 in memory behind a proxy) refuses, resets, delays and truncates, and the web server fails as the web does.
 
 Candidates are fed as the deaths go on, so that there is work whenever one is due.  It ends once everything has settled, or at its limit,
 which is a failure.  Exit code 1 if anything is missing, doubled or corrupt.
@@ -243,8 +243,7 @@ class Result:
     settled: bool
     audit: Audit
     crashes: Counter[str]
-    ended: Counter[str]
-    fenced: int
+    deaths: int  # of both kinds
     table: list[tuple[str, object]]
 
     @property
@@ -261,7 +260,7 @@ def world_of(home: Path, kind: str, store: str, seed: int) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(crash_world.site(context))
         brokers = stack.enter_context(crash_world.brokers(seed)) if kind == "kafka" else None
-        s3 = stack.enter_context(crash_world.s3(seed)) if store == "s3" else None
+        s3 = stack.enter_context(crash_world.s3(seed, None if store == "moto" else context)) if store != "folder" else None
         yield World(home, base, brokers, s3, context)
 
 
@@ -310,7 +309,7 @@ def _result(world: World, fleet: Fleet, done: bool, found: Audit, took: float) -
         ("settled", "yes" if done else "NO"),
         ("seconds", round(took)),
     ]
-    return Result(done, found, crashes, ended, fenced, table)
+    return Result(done, found, crashes, fleet.deaths, table)
 
 
 def main() -> int:
@@ -319,7 +318,9 @@ def main() -> int:
     parser.add_argument("--crashes", type=int, default=500, help="deaths of both kinds: at a step, and by SIGKILL")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log", choices=("sqlite", "kafka"), default="kafka")
-    parser.add_argument("--store", choices=("folder", "s3"), default="s3")
+    parser.add_argument(
+        "--store", choices=("folder", "s3", "moto"), default="s3", help="s3: bench/crash_s3.py, as fast as a store is; moto: slow"
+    )
     parser.add_argument("--limit-s", type=float, default=1500)
     parser.add_argument("--home", type=Path, help="kept afterwards; a temporary folder if not given")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ import numpy as np
 from aiohttp import web
 from PIL import Image
 
+from bench import crash_s3
 from streamlearn.contract.config import KafkaConfig, StoreConfig
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, retry_topic
 from tests.adapters.faultproxy import Fault, FaultProxy
@@ -212,10 +213,12 @@ def environment() -> None:
 
 
 @contextlib.contextmanager
-def s3(seed: int, share: float = 0.015) -> Iterator[S3]:
-    with s3_serving() as address, FaultProxy(address) as proxy:
+def s3(seed: int, context: Context | None, share: float = 0.015) -> Iterator[S3]:
+    """moto's, or with a context the small one in a process of its own."""
+    with s3_serving() if context is None else crash_s3.serving(context) as address, FaultProxy(address) as proxy:
         bucket, tally = Bucket("crash", address), Counter[str]()
-        bucket.client().create_bucket(Bucket=bucket.name)
+        if context is None:
+            bucket.client().create_bucket(Bucket=bucket.name)
         seen: Any = deque(maxlen=1)  # hundreds of thousands of requests: not to be kept
         proxy.seen, proxy.headers, proxy.faults = seen, seen, [Chance(seed, share, tally)]
         timeouts: dict[str, Any] = {"attempts": 3, "read_timeout_s": 10.0}
