@@ -40,7 +40,7 @@ from streamlearn.contract.errors import ConfigError, Retryable, Stuck
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, NewRecord, SqliteLog
 from streamlearn.contract.object_store import FolderStore, ObjectStore
 
-WORKERS = 3
+GROUPED = 2  # workers that share the partitions out; the others are zombies
 LOOK_S = 3.0  # between looks at whether all has settled
 BATCH = 50  # candidates of one append
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class Fleet:
 
     world: World
     crashes: int
+    size: int
     rng: random.Random
     starts: int = 0
     kills: int = 0
@@ -96,7 +97,7 @@ class Fleet:
                 continue
             self.exits[process.exitcode] += 1
             del self.workers[slot]
-        for slot in range(WORKERS):
+        for slot in range(self.size):
             if slot not in self.workers:
                 self._start(slot)
 
@@ -119,14 +120,14 @@ class Fleet:
             shared=world.home,
             kafka=world.brokers.config() if world.brokers else None,
             store=world.s3.faulty if world.s3 else None,
-            zombie=slot == WORKERS - 1,
+            zombie=slot >= GROUPED,
             mortal=mortal,
             events=world.home / "events.txt",
         )
         process = world.context.Process(target=crash_worker.work, args=(orders,), daemon=True)
         process.start()
         # a fifth at any time, the others if their step has not come by then
-        lives_s = self.rng.uniform(0.2, 4) if self.rng.random() < 0.2 else self.rng.uniform(5, 10)
+        lives_s = self.rng.uniform(0.2, 5) if self.rng.random() < 0.2 else self.rng.uniform(6, 12)
         self.workers[slot] = process, time.monotonic() + (lives_s if mortal else float("inf"))
         self.starts += 1
 
@@ -264,10 +265,10 @@ def world_of(home: Path, kind: str, store: str, seed: int) -> Iterator[World]:
         yield World(home, base, brokers, s3, context)
 
 
-def run(home: Path, offsets: int, crashes: int, seed: int, *, log: str, store: str, limit_s: float) -> Result:
+def run(home: Path, offsets: int, crashes: int, seed: int, *, log: str, store: str, limit_s: float, workers: int = 3) -> Result:
     began = time.monotonic()
     with world_of(home, log, store, seed) as world:
-        fleet = Fleet(world, crashes, random.Random(seed))
+        fleet = Fleet(world, crashes, workers, random.Random(seed))
         done = drive(world, fleet, offsets, limit_s)
         took = time.monotonic() - began
         if world.brokers:
@@ -321,6 +322,7 @@ def main() -> int:
     parser.add_argument(
         "--store", choices=("folder", "s3", "moto"), default="s3", help="s3: bench/crash_s3.py, as fast as a store is; moto: slow"
     )
+    parser.add_argument("--workers", type=int, default=3, help="two by the consumer group, the others zombies")
     parser.add_argument("--limit-s", type=float, default=1500)
     parser.add_argument("--home", type=Path, help="kept afterwards; a temporary folder if not given")
     args = parser.parse_args()
@@ -329,9 +331,11 @@ def main() -> int:
         if args.home:
             shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True, exist_ok=True)
-        result = run(home, args.offsets, args.crashes, args.seed, log=args.log, store=args.store, limit_s=args.limit_s)
+        result = run(
+            home, args.offsets, args.crashes, args.seed, log=args.log, store=args.store, limit_s=args.limit_s, workers=args.workers
+        )
     print("\n".join(f"{name:30} {value}" for name, value in result.table))
-    print("\n".join(result.audit.said))
+    print("\n".join(result.audit.said[:20]))
     return int(result.bad)
 
 

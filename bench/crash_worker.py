@@ -53,7 +53,7 @@ class Knife:
 
     def __init__(self, orders: Orders):
         self.rng = random.Random(orders.seed)
-        self.step, self.when, self.left = self.rng.choice(STEPS), self.rng.choice(WHEN), self.rng.choice((1, 1, 2, 3))
+        self.step, self.when, self.left = self.rng.choice(STEPS), self.rng.choice(WHEN), self.rng.choice((1, 1, 2, 3, 4))
         if self.step == "spool write":
             self.left = self.rng.randint(1, 200)
         if not orders.mortal:
@@ -201,7 +201,7 @@ def config_of(orders: Orders, rng: random.Random) -> Config:
             robots_retry_s=0.5,
             concurrency=16,
         ),
-        shard=ShardConfig(max_samples=round(10 ** rng.uniform(0.7, 2.5)), max_age_s=rng.uniform(0.3, 2.0)),
+        shard=ShardConfig(max_samples=round(10 ** rng.uniform(0.7, 2.8)), max_age_s=rng.uniform(0.4, 1.5)),
         log=LogConfig(partitions=PARTITIONS),
     )
 

@@ -117,12 +117,12 @@ class Chance(Fault):
         self.rng, self.share, self.tally, self.storm_until = random.Random(seed), share, tally, 0.0
 
     def matches(self, method: str, path: str) -> bool:
-        share = 0.6 if time.monotonic() < self.storm_until else self.share
+        share = 0.7 if time.monotonic() < self.storm_until else self.share
         if self.rng.random() >= share:
             return False
         self.act = self.rng.choice(S3_FAULTS)  # type: ignore[assignment]
         self.delay_s, self.keep = self.rng.uniform(0.05, 0.5), self.rng.randrange(100)
-        if self.rng.random() < 0.05:
+        if self.rng.random() < 0.03:
             self.storm_until = time.monotonic() + 0.5
             self.tally["storm"] += 1
         self.tally["503" if self.act == "answer" else self.act] += 1
@@ -151,7 +151,7 @@ class Brokers:
 
     def trouble(self) -> None:
         rng = random.Random(self.seed)
-        while not self.calm.wait(rng.uniform(0.3, 2.5)):
+        while not self.calm.wait(rng.uniform(1, 6)):
             name, act = rng.choice(self._troubles(rng))
             self.tally[name] += 1
             act()
@@ -213,7 +213,7 @@ def environment() -> None:
 
 
 @contextlib.contextmanager
-def s3(seed: int, context: Context | None, share: float = 0.015) -> Iterator[S3]:
+def s3(seed: int, context: Context | None, share: float = 0.004) -> Iterator[S3]:
     """moto's, or with a context the small one in a process of its own."""
     with s3_serving() if context is None else crash_s3.serving(context) as address, FaultProxy(address) as proxy:
         bucket, tally = Bucket("crash", address), Counter[str]()
