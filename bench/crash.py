@@ -128,6 +128,8 @@ class Fleet:
         process.start()
         # a fifth at any time, the others if their step has not come by then
         lives_s = self.rng.uniform(0.2, 5) if self.rng.random() < 0.2 else self.rng.uniform(6, 12)
+        if slot >= GROUPED:  # its group offsets are refused: at each start it has more sidecars to read before it may begin
+            lives_s *= 2
         self.workers[slot] = process, time.monotonic() + (lives_s if mortal else float("inf"))
         self.starts += 1
 

@@ -23,7 +23,7 @@ from PIL import Image
 from bench import crash_s3
 from streamlearn.contract.config import KafkaConfig, StoreConfig
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, retry_topic
-from tests.adapters.faultproxy import Fault, FaultProxy
+from tests.adapters.faultproxy import Act, Fault, FaultProxy
 from tests.adapters.kafka import DROP, MockCluster
 from tests.adapters.s3 import CREDENTIALS, FOREIGN, ISOLATED, Bucket, s3_serving
 from tests.ingest.server import serving
@@ -33,7 +33,7 @@ RETRIES = (0.5, 0.5, 0.5)  # s; a retry topic each
 TOPICS = (CANDIDATES, *(retry_topic(i) for i in range(len(RETRIES))))
 Kind = Literal["good", "flaky", "gone", "garbage", "never"]
 NOT_LEADER, COORDINATOR_LOADING, NOT_COORDINATOR = 6, 14, 16
-S3_FAULTS = ("answer", "reset_before", "reset_after", "delay", "truncate")
+S3_FAULTS: tuple[Act, ...] = ("answer", "reset_before", "reset_after", "delay", "truncate")
 Context = multiprocessing.context.ForkServerContext
 
 
@@ -120,7 +120,7 @@ class Chance(Fault):
         share = 0.7 if time.monotonic() < self.storm_until else self.share
         if self.rng.random() >= share:
             return False
-        self.act = self.rng.choice(S3_FAULTS)  # type: ignore[assignment]
+        self.act = self.rng.choice(S3_FAULTS)
         self.delay_s, self.keep = self.rng.uniform(0.05, 0.5), self.rng.randrange(100)
         if self.rng.random() < 0.03:
             self.storm_until = time.monotonic() + 0.5
@@ -146,12 +146,12 @@ class Brokers:
             api_version=(2, 3),
             request_timeout_s=4.0,
             delivery_timeout_s=6.0,
-            session_timeout_s=2.0,  # the mock lets a group wait so long for a member that was killed
+            session_timeout_s=1.5,  # the mock lets a group wait so long for a member that was killed
         )
 
     def trouble(self) -> None:
         rng = random.Random(self.seed)
-        while not self.calm.wait(rng.uniform(1, 6)):
+        while not self.calm.wait(rng.uniform(2, 8)):
             name, act = rng.choice(self._troubles(rng))
             self.tally[name] += 1
             act()

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -67,13 +68,13 @@ class Bucket:
             proxy.faults = list(faults)
             yield proxy
 
-    def client(self):
+    def client(self) -> Any:
         """The SDK itself, to look at the bucket from outside."""
         return _client(self.url)
 
 
 @functools.cache  # a client takes a while to make
-def _client(url: str):
+def _client(url: str) -> Any:
     import boto3
 
     return boto3.session.Session(**{name.lower(): value for name, value in CREDENTIALS.items()}).client(
