@@ -7,8 +7,8 @@ from bench import crash, crash_worker
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_crashed_at_random_on_kafka_and_moto_every_offset_ends_once(tmp_path):
-    result = crash.run(tmp_path, 400, 18, seed=1, log="kafka", store="moto", limit_s=300)
+def test_crashed_at_random_on_kafka_and_s3_every_offset_ends_once(tmp_path):
+    result = crash.run(tmp_path, 400, 16, seed=1, log="kafka", store="s3", limit_s=300)
     table = "\n".join(f"{name:30} {value}" for name, value in result.table)
     assert result.settled and result.audit.said == [], "\n".join([table, *result.audit.said])
     assert result.deaths >= 15 and result.crashes.total() >= 3, table
