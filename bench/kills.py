@@ -23,6 +23,7 @@ from typing import Any
 from bench.real import DATA, finished
 from streamlearn.cli.roles import Home
 from streamlearn.contract.config_file import from_json
+from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import OUTCOMES, index_shard, read_sidecar, sidecar_key
 from streamlearn.contract.status import read_status
 from streamlearn.learn.checkpoint import Checkpoints
@@ -159,7 +160,7 @@ def settled(home: Path, images: int) -> bool:
 def audit_home(home: Path, images: int) -> Findings:
     found, embedded = Findings(), Home(home)
     config = from_json((home / "config.json").read_text(), where="config.json")
-    log, store = embedded.log(), embedded.store()
+    log, store = embedded.log(), FolderStore(embedded.path / "store")
     rows = embedded.catalog(log.log_id).rows()
     urls: Counter[str] = Counter()
     offsets: Counter[tuple[str, int, int]] = Counter()

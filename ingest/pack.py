@@ -95,12 +95,18 @@ class Unit:
     def end(self) -> int:
         return self.start + len(self.outcomes)
 
+    @property
+    def sidecar(self) -> Path:
+        """Where it lies until it is put."""
+        return self.spool.with_suffix(".parquet")
+
     def full(self, config: ShardConfig, at: float) -> bool:
         old = at - self.opened_at >= config.max_age_s
         return self.writer.size >= config.max_bytes or len(self.outcomes) >= config.max_samples or old
 
     def drop(self) -> None:
         self.writer.abort()
+        self.sidecar.unlink(missing_ok=True)  # it lies there once sealing has been tried
 
 
 class Packer:
@@ -143,7 +149,7 @@ class Packer:
         row = self.close(unit)
         if not unit.committed:
             self.store.put_file(row.key, unit.spool)
-            self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
+            self.store.put_file(sidecar_key(row.key), unit.sidecar)
             self.catalog.commit([row], [Advance(row.topic, unit.partition, unit.start, unit.end)])
             unit.committed = True
         if unit.after:
@@ -152,7 +158,7 @@ class Packer:
         self.log.commit(group_of(self.log), {(unit.topic, unit.partition): unit.end})
         self.log.append([NewRecord(SHARDS, row.key.encode(), json.dumps({"key": row.key, "samples": row.num_samples}).encode())])
         unit.spool.unlink(missing_ok=True)
-        unit.spool.with_suffix(".parquet").unlink(missing_ok=True)
+        unit.sidecar.unlink(missing_ok=True)
         return row
 
     def recover(self, topic: str, partition: int) -> int:
@@ -200,7 +206,7 @@ class Packer:
         if unit.closed is None:
             unit.closed = unit.writer.close()
         sha256, size = unit.closed
-        write_sidecar(unit.spool.with_suffix(".parquet"), unit.outcomes)
+        write_sidecar(unit.sidecar, unit.outcomes)
         fetched = sorted(o.fetched_at for o in unit.outcomes if o.outcome == STORED)
         day = (fetched[0] if fetched else now())[:10]
         topic = place_name(self.log, unit.topic)

@@ -194,7 +194,10 @@ class DeltaCatalog:
         return f"ingest/{self.log_id}/{topic}/{partition}"
 
     def _position(self, table: DeltaTable, topic: str, partition: int) -> int:
-        return table.transaction_version(self._app(topic, partition)) or 0
+        try:
+            return table.transaction_version(self._app(topic, partition)) or 0
+        except (DeltaError, OSError) as e:  # delta-rs reads the log once more to tell it
+            raise self._out_of_reach(e) or e from e
 
     def _open(self) -> DeltaTable | None:
         try:
