@@ -100,6 +100,7 @@ def refresh(
 ) -> Requeued:
     """Re-queue the stored samples of a generation, `rate` candidates a second (0: no limit), from where the last run stopped."""
     version, done = generation(store, name).version, Requeued()
+    log.ensure_topic(SOURCE_STATE, log.partitions(CANDIDATES))  # no connector may have run here
     cursor = _cursor(log, name)
     for row in catalog.rows():
         place = f"{row.topic}/{row.partition}"
@@ -124,10 +125,7 @@ def _cursor_key(name: str) -> bytes:
 
 
 def _cursor(log: EventLog, name: str) -> dict[str, int]:
-    try:
-        state = log.latest(SOURCE_STATE, _cursor_key(name))
-    except NotFound:
-        return {}
+    state = log.latest(SOURCE_STATE, _cursor_key(name))
     return dict(json.loads(state)["cursor"]) if state else {}
 
 
