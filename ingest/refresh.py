@@ -100,7 +100,8 @@ def refresh(
 ) -> Requeued:
     """Re-queue the stored samples of a generation, `rate` candidates a second (0: no limit), from where the last run stopped."""
     version, done = generation(store, name).version, Requeued()
-    log.ensure_topic(SOURCE_STATE, log.partitions(CANDIDATES))  # no connector may have run here
+    if not dry_run:
+        log.ensure_topic(SOURCE_STATE, log.partitions(CANDIDATES))  # no connector may have run here
     cursor = _cursor(log, name)
     for row in catalog.rows():
         place = f"{row.topic}/{row.partition}"
@@ -125,7 +126,10 @@ def _cursor_key(name: str) -> bytes:
 
 
 def _cursor(log: EventLog, name: str) -> dict[str, int]:
-    state = log.latest(SOURCE_STATE, _cursor_key(name))
+    try:
+        state = log.latest(SOURCE_STATE, _cursor_key(name))
+    except NotFound:
+        return {}
     return dict(json.loads(state)["cursor"]) if state else {}
 
 
