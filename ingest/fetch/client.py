@@ -1,11 +1,12 @@
 """Fetch one image, safely and politely.  What can go wrong, and who acts:
 
+* Unchanged      a value: a refresh heard 304, what is stored is what is there
 * Refused        a value: counted, dead-lettered, the offset moves on (ingest.fetch.screen.Reason)
 * Unanswered     a value: every quick try failed in a way that may pass (5xx, 429, resets, time-outs, DNS), or it is not this host's turn,
                  or its robots.txt cannot be had: deferred to a retry topic
 * anything else  a bug: the process ends with its traceback and is restarted
 
-Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint), then its origin's robots.txt (robots.py), then a turn
+Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint; denied.py), then its origin's robots.txt (robots.py), then a turn
 is taken with its host (hosts.py), then it is asked for; the answer's headers may opt out (optout.py) before its body is read.
 
 Caps on connect time, total time, redirects, bytes; addresses checked on the socket (guard.py), for robots.txt too;
@@ -13,6 +14,7 @@ one TLS context and one connection pool for the process; no proxies, no cookies,
 """
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -24,12 +26,13 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from yarl import URL
 
+from ingest.denied import Denied
 from ingest.fetch import optout, robots
 from ingest.fetch.guard import AddressRefused, Guard, complaint
 from ingest.fetch.hosts import Busy, Hosts, Turn, host_of, retry_after_s
 from ingest.fetch.screen import Reason, Refused, Seen, screen
 from ingest.fetch.transport import Answer, BadUrl, Broken, Transport
-from streamlearn.contract.candidate import Candidate
+from streamlearn.contract.candidate import REFRESH, Candidate
 from streamlearn.contract.config import FetchConfig
 from streamlearn.contract.status import now
 
@@ -52,6 +55,11 @@ class Fetched:
     http_status: int = 0
     etag: str = ""
     last_modified: str = ""
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """HTTP 304 to a refresh."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class Client:
         self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
         self.token = robots.product_token(config.user_agent)
         self.hosts = Hosts(config)
-        self._wanted: _Wanted[_Body | Refused | str] = _Wanted({"Accept": "image/*"}, self._image_cap, self._image)
+        self.denied = Denied()  # what was taken down; whoever owns us replaces it
         self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
         self.robots = robots.Robots(
             self._robots_txt,
@@ -127,8 +135,16 @@ class Client:
         await self.robots.close()
         await self._transport.close()
 
-    async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered:
+    async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
         """The image of a candidate, or why there is none."""
+        if self.denied.url(candidate.url):
+            return _taken_down()
+        found = await self._fetch(candidate)
+        if isinstance(found, Fetched) and self.denied and self.denied.image(hashlib.sha256(found.body).hexdigest()):
+            return _taken_down()
+        return found
+
+    async def _fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
         if candidate.url.startswith("file:"):
             return await asyncio.to_thread(self._read_file, candidate.url)
         answer = Unanswered("")
@@ -136,23 +152,25 @@ class Client:
             if attempt:
                 await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
             try:
-                return await self._try(candidate.url)
+                return await self._try(candidate.url, _validators(candidate))
             except _Again as e:
                 answer = Unanswered(str(e), e.after_s, e.asked or attempt > 0)
                 if e.after_s:
                     break  # it was said when to come back: no quick tries before that
         return answer
 
-    async def _try(self, url: str) -> Fetched | Refused:
-        left, at = _Left(self.config.total_timeout_s), _address(url)
+    async def _try(self, url: str, validators: dict[str, str]) -> Fetched | Refused | Unchanged:
+        left, at, wanted = _Left(self.config.total_timeout_s), _address(url), self._wanted(validators)
         for hop in range(self.config.max_redirects + 1):
             if isinstance(at, str):
                 return Refused(Reason.BAD_URL, f"{at} (after a redirect)" if hop else at)
+            if self.denied.url(str(at)):
+                return _taken_down()
             delay_s = await self._permission(at)
             if isinstance(delay_s, Refused):
                 return delay_s
-            found = await self._request(at, delay_s, left, self._wanted)
-            if isinstance(found, Refused):
+            found = await self._request(at, delay_s, left, wanted)
+            if isinstance(found, Refused | Unchanged):
                 return found
             if isinstance(found, _Body):  # looked at after the turn: the host need not wait for our processor
                 seen = await self._screen(found.data)
@@ -212,13 +230,21 @@ class Client:
             self.hosts.hold(turn.name, after_s)  # before the turn ends: nobody slips in between
         raise _Again(f"HTTP {answer.status}", after_s)
 
+    def _wanted(self, conditions: dict[str, str]) -> "_Wanted[_Body | Refused | Unchanged | str]":
+        """An image; where there are conditions, only if it has changed."""
+
+        def read(answer: Answer) -> _Body | Refused | Unchanged | str:
+            return Unchanged() if answer.status == 304 and conditions else self._image(answer)
+
+        return _Wanted({"Accept": "image/*"} | conditions, self._image_cap, read)
+
     def _image_cap(self, answer: Answer) -> int:
         """Bytes of the body to take."""
         if answer.status != 200:
             return _SMALL_TALK
         return 0 if self._opted_out(answer) or answer.length > self.config.max_bytes else self.config.max_bytes
 
-    def _image(self, answer: Answer) -> "_Body | Refused | str":
+    def _image(self, answer: Answer) -> _Body | Refused | str:
         """The body of an answer, a refusal, or where it redirects to."""
         if target := _redirect(answer):
             return target
@@ -281,6 +307,19 @@ class Client:
             return Refused(Reason.TOO_LARGE, f"{path}: over {self.config.max_bytes} bytes")
         seen = screen(body, max_pixels=self.config.max_pixels, min_side=self.config.min_side)
         return seen if isinstance(seen, Refused) else Fetched(body, seen, url, now())
+
+
+def _taken_down() -> Refused:
+    return Refused(Reason.TAKEN_DOWN, "")  # not a word of what it was
+
+
+def _validators(candidate: Candidate) -> dict[str, str]:
+    """The headers that ask for an image only if it is another than the one that is stored."""
+    if candidate.purpose != REFRESH:
+        return {}
+    told = {"If-None-Match": candidate.etag, "If-Modified-Since": candidate.last_modified}
+    # what a server once told may be no header that can be sent: then it is asked without
+    return {name: value for name, value in told.items() if value and value.isascii() and value.isprintable()}
 
 
 def _address(url: str, base: URL | None = None) -> URL | str:

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     ROBOTS = "robots_txt"  # its robots.txt disallows the URL, or a hop on the way
     CRAWL_DELAY = "crawl_delay"  # the host asks for longer between requests than fetch.max_crawl_delay_s
     OPT_OUT = "opt_out"  # its headers say not to learn from it
+    TAKEN_DOWN = "taken_down"  # someone had it taken down (ingest/takedown.py)
 
 
 @dataclass(frozen=True)

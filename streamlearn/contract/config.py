@@ -150,6 +150,14 @@ class ShardConfig(Section):
     max_age_s: float = Field(default=300.0, gt=0)  # since its first record: a slow stream still reaches the learner
 
 
+class DatasetConfig(Section):
+    """How long images are kept, and what `streamlearn dataset` does about it."""
+
+    window_days: float = Field(default=90.0, gt=0)  # since a shard's last image was fetched; then `expire` ends it
+    grace_days: float = Field(default=7.0, ge=0)  # from a shard's end to the deletion of its objects: learners may be reading them
+    refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
+
+
 class CropConfig(Section):
     """One resolution of the multi-crop (SwAV, arXiv:2006.09882, section 3.2)."""
 
@@ -307,6 +315,7 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     fetch: FetchConfig = FetchConfig()
     shard: ShardConfig = ShardConfig()
+    dataset: DatasetConfig = DatasetConfig()
     stream: StreamConfig = StreamConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

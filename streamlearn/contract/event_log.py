@@ -18,6 +18,7 @@ from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, OffsetGa
 CANDIDATES = "candidates"
 DEAD_LETTERS = "dead-letters"
 SOURCE_STATE = "source-state"
+TAKEDOWNS = "takedowns"  # selector -> what must not be learnt from, and what was done about it; compacted
 SHARDS = "shards"  # a hint that the catalog grew; never the truth
 
 
@@ -84,6 +85,9 @@ class EventLog(Protocol):
     def latest(self, topic: str, key: bytes) -> bytes | None:
         """The newest value of a key: how compacted topics are read."""
 
+    def table(self, topic: str) -> dict[bytes, bytes]:
+        """The newest value of every key of a compacted topic.  Raises NotFound."""
+
     def trim(self, topic: str, partition: int, before: int) -> int:
         """Drop records below `before`; the number dropped."""
 
@@ -148,7 +152,7 @@ CREATE TABLE IF NOT EXISTS records (
 CREATE TABLE IF NOT EXISTS latest (topic TEXT, key BLOB, value BLOB, PRIMARY KEY (topic, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS groups (grp TEXT, topic TEXT, part INTEGER, off INTEGER, PRIMARY KEY (grp, topic, part)) WITHOUT ROWID;
 """
-_COMPACTED = {SOURCE_STATE}
+_COMPACTED = {SOURCE_STATE, TAKEDOWNS}
 
 
 class SqliteLog:
@@ -246,6 +250,10 @@ class SqliteLog:
             row = self._one("SELECT value FROM records WHERE topic=? AND key=? ORDER BY ts DESC, off DESC LIMIT 1", topic, key)
         return None if row is None else bytes(row[0])
 
+    def table(self, topic: str) -> dict[bytes, bytes]:
+        self.partitions(topic)
+        return {bytes(key): bytes(value) for key, value in self._all("SELECT key, value FROM latest WHERE topic=?", topic)}
+
     def trim(self, topic: str, partition: int, before: int) -> int:
         with self._lock, self._transaction():
             dropped = self._db.execute("DELETE FROM records WHERE topic=? AND part=? AND off<?", (topic, partition, before)).rowcount
@@ -269,7 +277,7 @@ class SqliteLog:
                 raise self._translate(e) from e
             return row
 
-    def _all(self, sql: str, *values: object) -> list[tuple[int, bytes, bytes, int]]:
+    def _all(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()

@@ -53,6 +53,7 @@ class LearnerMetrics:
         self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
+        self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
         self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
         self.checkpoint_failures = Counter("learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry)
         self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)

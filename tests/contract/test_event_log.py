@@ -111,6 +111,15 @@ def test_the_newest_value_of_a_key_is_what_a_compacted_topic_keeps(log, connect)
     assert connect().latest(SOURCE_STATE, b"c") == b"3"
 
 
+def test_a_compacted_topic_is_read_whole_as_a_table(log, connect):
+    log.append([new(b"1", b"a", SOURCE_STATE), new(b"2", b"b", SOURCE_STATE)])
+    assert log.table(SOURCE_STATE) == {b"a": b"1", b"b": b"2"}
+    log.append([new(b"3", b"a", SOURCE_STATE)])
+    assert log.table(SOURCE_STATE) == connect().table(SOURCE_STATE) == {b"a": b"3", b"b": b"2"}
+    with pytest.raises(NotFound):
+        log.table("takedowns")
+
+
 def test_a_gap_is_an_incident_never_a_silent_jump(log):
     log.append([new(b"%d" % i, partition=0) for i in range(6)])
     assert log.trim(CANDIDATES, 0, 4) == 4
