@@ -84,6 +84,9 @@ class Catalog(Protocol):
     def rows(self) -> list[ShardRow]:
         """The live rows in commit order."""
 
+    def history(self) -> list[tuple[int, ShardRow]]:
+        """Every row, live or not, in commit order, with the version that committed it."""
+
     def version(self) -> int: ...
 
 
@@ -111,14 +114,23 @@ class DeltaCatalog:
     def rows(self) -> list[ShardRow]:
         return self.follow(-1)[1]
 
+    def history(self) -> list[tuple[int, ShardRow]]:
+        table = self._open()
+        return [] if table is None else self._select(table, "true")
+
     def follow(self, after: int) -> tuple[int, list[ShardRow]]:
         table = self._open()
         if table is None:
             return -1, []
         if table.version() <= after:
             return table.version(), []
+        found = self._select(table, f"committed > {int(after)} AND status = 'live'")
+        return table.version(), [row for _, row in found]
+
+    def _select(self, table: DeltaTable, which: str) -> list[tuple[int, ShardRow]]:
+        """The rows of which the SQL condition `which` holds, in commit order, with the versions that committed them."""
         names = ", ".join(name for name, _ in _FIELDS)
-        sql = f"SELECT {names} FROM shards WHERE committed > {int(after)} AND status = 'live' ORDER BY committed, place"
+        sql = f"SELECT committed, {names} FROM shards WHERE {which} ORDER BY committed, place"
         try:
             # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
             # nor delta-rs's own read_all: it keeps the interpreter lock while it waits for S3; pyarrow lets go of it
@@ -127,7 +139,7 @@ class DeltaCatalog:
             raise self._out_of_reach(e) or Corrupt(
                 f"{self.uri}: the table names a file that cannot be read: {_first_line(e)}; restore the folder from a backup"
             ) from e
-        return table.version(), [ShardRow(**row) for row in found.to_pylist()]
+        return [(row.pop("committed"), ShardRow(**row)) for row in found.to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
         if len({(a.topic, a.partition) for a in advances}) != len(advances):
