@@ -19,6 +19,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
 from streamlearn.contract.catalog import SCHEMA, ShardRow
@@ -29,6 +30,7 @@ from streamlearn.contract.shards import SIDECAR_SCHEMA, sidecar_key
 MEMORY = "512MB"
 THREADS = 2
 ROWS = 1000  # fetched at once
+_OF_THE_STATEMENT = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.PermissionException)
 COPIERS = 8  # sidecars copied at once
 PLACE = pa.schema([("day", pa.string()), ("topic", pa.string()), ("partition", pa.int64()), ("shard", pa.string())])
 OUTCOMES_SCHEMA = pa.schema([*PLACE, *SIDECAR_SCHEMA])
@@ -54,18 +56,23 @@ class Answer:
 
 @contextmanager
 def query(store: ObjectStore, rows: Sequence[ShardRow], sql: str, parameters: Sequence[object] = ()) -> Iterator[Answer]:
-    """Run one statement that only reads.  The answer can be read within the context.  Raises ConfigError, naming what is wrong with it."""
+    """Run one statement that only reads.  The answer can be read within the context.
+
+    Raises ConfigError where the statement is wrong, NotFound or Corrupt where a sidecar is.
+    """
+    paths: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="streamlearn-query-") as folder, _connect(Path(folder)) as connection:
         try:
             _check(connection, sql)
             connection.register("shards", pa.Table.from_pylist([row.__dict__ for row in rows], schema=SHARDS_SCHEMA))
             if "outcomes" in sql.lower():  # else not one sidecar need be there
-                connection.register("outcomes", _outcomes(store, rows, Path(folder)))
+                paths = _local(store, rows, Path(folder))
+                connection.register("outcomes", _outcomes(rows, paths))
             yield Answer(connection.execute(sql, list(parameters)))
         except duckdb.Error as e:
+            if not isinstance(e, _OF_THE_STATEMENT):
+                _look_for_damage(rows, paths)
             raise ConfigError(f"{sql}: {e}") from e
-        except (pa.ArrowException, OSError) as e:
-            raise Corrupt(f"a sidecar cannot be read: {e}; `streamlearn dataset verify` names it") from e
 
 
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
@@ -88,7 +95,16 @@ def _check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         raise ConfigError(f"{sql}: {' and '.join(kinds) or 'nothing'}: give one statement that reads, such as SELECT count(*) FROM shards")
 
 
-def _outcomes(store: ObjectStore, rows: Sequence[ShardRow], folder: Path) -> ds.FileSystemDataset:
+def _look_for_damage(rows: Sequence[ShardRow], paths: Sequence[Path]) -> None:
+    """DuckDB does not tell a sidecar that cannot be read from a statement that cannot be run.  Raises Corrupt naming the first one."""
+    for row, path in zip(rows, paths, strict=False):  # no paths: no sidecar was asked for
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as e:
+            raise Corrupt(f"{sidecar_key(row.key)}: {e}; `streamlearn dataset verify` tells what else is wrong") from e
+
+
+def _outcomes(rows: Sequence[ShardRow], paths: Sequence[Path]) -> ds.FileSystemDataset:
     """All sidecars as one table that nobody has read yet; what a file does not hold itself is told of it as a whole."""
     of_shard = [
         (ds.field("day") == row.day)
@@ -98,7 +114,7 @@ def _outcomes(store: ObjectStore, rows: Sequence[ShardRow], folder: Path) -> ds.
         for row in rows
     ]
     return ds.FileSystemDataset.from_paths(
-        [str(path) for path in _local(store, rows, folder)],
+        [str(path) for path in paths],
         schema=OUTCOMES_SCHEMA,
         format=ds.ParquetFileFormat(),
         filesystem=LocalFileSystem(),

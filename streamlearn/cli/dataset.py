@@ -119,7 +119,7 @@ def query_(sql: str, home: Path, since: Any, until: Any, as_json: bool, as_csv: 
         if as_json:
             _print_json(answer)
         elif as_csv:
-            writer = csv.writer(click.get_text_stream("stdout"), lineterminator="\n")
+            writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(answer.columns)
             writer.writerows(answer)
         else:
