@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
-from ingest.audit_shard import BACKUP, Finding, check_contents, check_objects
+from ingest.audit_shard import BACKUP, Finding, check_shard
 from ingest.pack import group_of
 from streamlearn.contract.catalog import Catalog, ShardRow
 from streamlearn.contract.errors import Corrupt, NotFound
@@ -280,13 +280,10 @@ def _check_shards(store: ObjectStore, live: Sequence[ShardRow], contents: set[st
     """(shard's key, finding), in the order of the rows.  What raises in a worker is raised here."""
 
     def check(row: ShardRow) -> list[tuple[str, Finding]]:
-        found = check_objects(store, row)
-        if row.key in contents and not found:
-            try:
-                found = check_contents(store, row)
-            except NotFound as e:
-                found = [Finding("missing", row.key, f"gone while it was read: {e}", BACKUP)]
-        return [(row.key, finding) for finding in found]
+        try:
+            return [(row.key, finding) for finding in check_shard(store, row, contents=row.key in contents)]
+        except NotFound as e:
+            return [(row.key, Finding("missing", row.key, f"gone while it was read: {e}", BACKUP))]
 
     with ThreadPoolExecutor(workers, thread_name_prefix="audit") as pool:
         futures = [pool.submit(check, row) for row in live]

@@ -42,6 +42,18 @@ class Finding:
     remedy: str
 
 
+def check_shard(store: ObjectStore, row: ShardRow, *, contents: bool) -> list[Finding]:
+    """Everything, or all but the contents.  Raises NotFound when an object vanishes while it is read."""
+    found = check_objects(store, row)
+    wrong = {finding.where for finding in found if finding.kind != "row"}
+    if not contents or row.key in wrong:
+        return found
+    if sidecar_key(row.key) in wrong:  # the tar is still worth a look
+        digest, _ = _Tar(store, row.key).finish()
+        return found if digest == row.sha256 else [*found, _damaged(row, digest, [])]
+    return found + check_contents(store, row)
+
+
 def check_objects(store: ObjectStore, row: ShardRow) -> list[Finding]:
     """The row's key is of its fields; tar and sidecar are there, the tar of the right size, the sidecar ending as a parquet does."""
     found, side = [], sidecar_key(row.key)
@@ -77,13 +89,19 @@ def check_contents(store: ObjectStore, row: ShardRow) -> list[Finding]:
         sidecar.wrong, tar.sound = [str(e)], False
     digest, stray = tar.finish()
     if digest != row.sha256:
-        what = f"the tar's sha256 is {digest}, the row says {row.sha256}"
-        damage = Finding("tar", row.key, _several([what, *members]), BACKUP)
-        return [damage, *([Finding("sidecar", sidecar.key, _several(sidecar.wrong), BACKUP)] if sidecar.wrong else [])]
+        return [
+            _damaged(row, digest, members),
+            *([Finding("sidecar", sidecar.key, _several(sidecar.wrong), BACKUP)] if sidecar.wrong else []),
+        ]
     if stray and not sidecar.wrong:  # else a consequence of rows that are not there
         members.append(f"the tar holds members before byte {stray} that no row names")
     wrong = sidecar.wrong + members
     return [Finding("sidecar", sidecar.key, _several(wrong), BACKUP)] if wrong else []
+
+
+def _damaged(row: ShardRow, digest: str, members: Sequence[str]) -> Finding:
+    what = f"the tar's sha256 is {digest}, the row says {row.sha256}"
+    return Finding("tar", row.key, _several([what, *members]), BACKUP)
 
 
 class _Sidecar:

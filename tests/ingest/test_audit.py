@@ -122,6 +122,16 @@ def test_a_sidecar_gone_cut_short_or_garbage(place, damage, kind):
     assert found(place, deep=False) == found(place) == [(kind, side)]
 
 
+def test_a_damaged_tar_is_found_though_its_sidecar_is_gone_and_both_when_both_are_damaged(place):
+    row = largest(place)
+    side = path_of(place, sidecar_key(row.key))
+    rewrite(place, row, lambda rows: rows[1:])
+    flip(path_of(place, row.key), stored_of(place, row)[0]["member_offset"])
+    assert found(place) == [("tar", row.key), ("sidecar", sidecar_key(row.key))]
+    side.unlink()
+    assert found(place) == [("missing", sidecar_key(row.key)), ("tar", row.key)]
+
+
 def test_a_flipped_bit_anywhere_in_a_sidecar(place):
     side = sidecar_key(largest(place).key)
     whole = path_of(place, side).read_bytes()
