@@ -17,8 +17,9 @@ from streamlearn.contract.errors import Corrupt, Fenced
 from streamlearn.contract.event_log import CANDIDATES, NewRecord
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import STORED, read_sidecar, sidecar_key
-from tests.crash.sealing import PARTITIONS
+from tests.crash.sealing import PARTITIONS, feed, fetch_until, settled
 from tests.ingest.dataset import crafted, found, largest, path_of, put, verify
+from tests.ingest.server import Place, Site, serving
 
 DAY = 86400.0
 
@@ -58,8 +59,6 @@ def test_a_sound_dataset_is_found_sound(place):
 
 
 def test_no_dataset_at_all_is_sound(tmp_path):
-    from tests.ingest.server import Place
-
     report = verify(Place(tmp_path))
     assert report.good and report.partitions == [] and report.shards == 0
 
@@ -217,6 +216,11 @@ def test_a_gap_an_overlap_and_a_position_without_rows(place):
 def test_a_row_lost_from_the_beginning_is_a_gap():
     rows = [crafted(5, 9), crafted(9, 12)]
     assert [f.what for f in audit.check_coverage((CANDIDATES, 0), rows, 12, 12)] == ["no row covers offsets 0 to 4"]
+
+
+def test_a_row_within_another_is_one_overlap_and_no_gap():
+    (finding,) = audit.check_coverage((CANDIDATES, 0), [crafted(0, 9), crafted(2, 4)], 9, 9)
+    assert finding.kind == "overlap" and "offsets 2 to 3 stand in two rows" in finding.what
 
 
 def test_rows_beyond_the_position():
@@ -464,3 +468,19 @@ def test_on_s3(place, bucket):
     assert audit.sweep(store, catalog, dry_run=False).deleted == ()
     later = audit.sweep(store, catalog, dry_run=False, clock=lambda: time.time() + 2 * DAY)
     assert [o.key for o in later.deleted] == ["shards/lost.tar"] and store.get(row.key)
+
+
+def test_while_the_fetcher_is_at_work_nothing_is_wrong_and_nothing_is_swept(tmp_path):
+    looks, finished = [], settled(60)
+
+    def look(watcher):
+        report = verify(watcher)
+        looks.append((report.shards, [(f.kind, f.where, f.what) for f in report.findings], sweep(watcher).deleted))
+        return finished(watcher)
+
+    with serving(Site()) as base:
+        feeding = Place(tmp_path)
+        feed(feeding.log, base, [f"{n}.jpg" for n in range(60)])
+        fetch_until(feeding, look)
+    assert all(findings == [] and deleted == () for _, findings, deleted in looks)
+    assert len({shards for shards, *_ in looks}) > 1 and verify(Place(tmp_path)).good
