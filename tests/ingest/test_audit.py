@@ -17,7 +17,7 @@ from streamlearn.contract.catalog import Advance, DeltaCatalog
 from streamlearn.contract.errors import Corrupt, Fenced
 from streamlearn.contract.event_log import CANDIDATES, NewRecord
 from streamlearn.contract.object_store import FolderStore
-from streamlearn.contract.shards import STORED, read_sidecar, sidecar_key
+from streamlearn.contract.shards import STORED, Outcome, read_sidecar, sidecar_key, write_sidecar
 from tests.crash.sealing import PARTITIONS, feed, fetch_until, settled
 from tests.ingest.dataset import crafted, found, largest, path_of, put, verify
 from tests.ingest.server import Place, Site, serving
@@ -143,6 +143,22 @@ def test_a_flipped_bit_anywhere_in_a_sidecar(place):
         kinds = found(place)
         # the statistics of a footer may change without any row changing
         assert kinds == [("sidecar", side)] or (kinds == [] and read_sidecar(path_of(place, side)) == read_sidecar(whole)), at
+
+
+def test_a_flipped_bit_in_a_refusal_that_no_image_confirms(place):
+    """Only the checksums of the parquet's pages know."""
+    row = largest(place)
+    path = path_of(place, sidecar_key(row.key))
+    outcomes = [
+        Outcome(offset=n, outcome="rejected", reason="gone", url="http://some.where/") for n in range(row.first_offset, row.end_offset)
+    ]
+    empty = dataclasses.replace(row, num_samples=0)
+    write_sidecar(path, outcomes)
+    whole = path.read_bytes()
+    assert not [f for f in audit_shard.check_contents(place.store, empty) if "parquet" in f.what]
+    flip(path, whole.index(b"some.where"))
+    (finding,) = audit_shard.check_contents(place.store, empty)
+    assert finding.kind == "sidecar" and "not a readable parquet" in finding.what
 
 
 def change_one(offset, **fields):
