@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ingest import audit, look
 from ingest.query import Answer, query, within
@@ -168,6 +170,11 @@ def _outcomes(adapters: Home, row: ShardRow) -> dict[str, int]:
         return {str(outcome): int(count) for outcome, count in answer}
 
 
+def _text(value: object) -> str:
+    """For a terminal.  URLs and headers are a stranger's: no control sequence of theirs may reach it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
 def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(fields, indent=2))
@@ -175,14 +182,14 @@ def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     for name, value in fields.items():
         if value not in ("", {}):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
-            click.echo(f"{name:>17}  {text}")
+            click.echo(f"{name:>17}  {_text(text)}")
     click.echo()
 
 
 def _print_table(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
-    table = Table(*columns)
+    table = Table(*(escape(_text(column)) for column in columns))
     for row in islice(rows, SHOWN):
-        table.add_row(*("–" if value is None else str(value) for value in row))
+        table.add_row(*(Text("–" if value is None else _text(value)) for value in row))  # a str would be read as markup
     Console().print(table)
     if next(rows, None) is not None:
         click.echo(f"the first {SHOWN} rows; --csv and --json give all", err=True)
@@ -220,7 +227,7 @@ def _print_status(found: Mapping[str, Any]) -> None:
 
 def _print_report(report: audit.Report) -> None:
     for finding in report.findings:
-        click.echo(f"WRONG {finding.kind} {finding.where}: {finding.what}; {finding.remedy}")
+        click.echo(_text(f"WRONG {finding.kind} {finding.where}: {finding.what}; {finding.remedy}"))
     for partition in report.partitions:
         for what, amount in (("records wait to be fetched", partition.lag), ("offsets may owe retries", partition.owed)):
             if amount:

@@ -151,6 +151,11 @@ def test_output_as_table_json_and_csv(place):
     assert run(place, "query", "SELECT 1", "--csv", "--json").exit_code == 2
 
 
+def test_what_a_stranger_wrote_is_shown_and_not_obeyed(place):
+    shown = run(place, "query", "SELECT '[/red]' AS \"[b]\", chr(27) || '[31mred' AS t").output
+    assert "[/red]" in shown and "[b]" in shown and "\ufffd[31mred" in shown and "\x1b" not in shown
+
+
 def test_status_in_numbers(place):
     everything, rows = list(counted(place)), place.catalog.rows()
     found = said(place, "status")
