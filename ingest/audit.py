@@ -230,8 +230,13 @@ def sweep(
         raise Corrupt(
             f"{len(listed)} objects under {PREFIX}, but the catalog has no row: nothing is swept; restore the catalog from a backup"
         )
+    return _delete_old(store, unnamed(listed, rows), older_than_s, dry_run, clock)
+
+
+def _delete_old(store: ObjectStore, keys: Iterable[str], older_than_s: float, dry_run: bool, clock: Callable[[], float]) -> Swept:
+    """One by one, each asked for its age directly before."""
     deleted, young = [], []
-    for key in unnamed(listed, rows):
+    for key in keys:
         for orphan in _ages(store, [key], clock()):
             if orphan.age_s < older_than_s:
                 young.append(orphan)
