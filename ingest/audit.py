@@ -220,13 +220,13 @@ def sweep(
     milliseconds between the two; sealing cannot do that (a day later its key has another day).
 
     Killed at 3: the rest is still there, and the next sweep deletes it.  Raises ValueError for a negative age, Corrupt where there are
-    objects but no catalog at all: a catalog that is lost must not take the dataset with it.
+    old objects but no catalog at all: a catalog that is lost must not take the dataset with it.
     """
     if older_than_s < 0:
         raise ValueError(f"older_than_s = {older_than_s}: an age is not negative")
     listed = store.list(PREFIX)
     rows = [row for _, row in catalog.history()]
-    if listed and not rows:
+    if not rows and any(o.age_s >= older_than_s for o in _ages(store, listed, clock())):  # young ones: a first unit, being sealed
         raise Corrupt(
             f"{len(listed)} objects under {PREFIX}, but the catalog has no row: nothing is swept; restore the catalog from a backup"
         )
