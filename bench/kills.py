@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.real import DATA, finished
+from ingest.audit import verify as verify_dataset
 from streamlearn.cli.roles import Home
 from streamlearn.contract.config_file import from_json
 from streamlearn.contract.object_store import FolderStore
@@ -173,6 +174,8 @@ def audit_home(home: Path, images: int) -> Findings:
             offsets[row.topic, row.partition, outcome["offset"]] += 1
             if outcome["outcome"] == "stored":
                 urls[outcome["url"]] += 1
+    report = verify_dataset(log, store, embedded.catalog(log.log_id), deep=True, sample=0)
+    found.check("catalog, log and objects agree to the byte", report.good, [f"{f.kind} {f.where}: {f.what}" for f in report.findings] or "")
     found.check("every shard is readable and as digested", not found.wrong, f"({len(rows)} shards)")
     ends = {(t, p): log.bounds(t, p)[1] for t, p in {(r.topic, r.partition) for r in rows}}
     found.check(

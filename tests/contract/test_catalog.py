@@ -75,6 +75,18 @@ def test_rows_come_back_in_commit_order_and_only_the_new_ones(catalog):
     assert catalog.follow(catalog.version())[1] == []
 
 
+def test_history_holds_what_is_no_longer_live_and_says_when_it_came(catalog):
+    assert catalog.history() == []
+    catalog.commit([row(0, 5, status="replaced")], [advance(0, 5)])
+    catalog.commit([row(5, 9), row(0, 3, 1)], [advance(5, 9), advance(0, 3, 1)])
+    assert [(r.committed, r.key, r.status) for r in catalog.history()] == [
+        (1, "shards/0/0-5", "replaced"),
+        (2, "shards/0/5-9", "live"),
+        (2, "shards/1/0-3", "live"),
+    ]
+    assert catalog.rows() == [r for r in catalog.history() if r.status == "live"]
+
+
 def test_a_zombie_is_fenced_and_publishes_nothing(catalog, where):
     zombie = where.catalog()
     assert zombie.position("candidates", 0) == 0
