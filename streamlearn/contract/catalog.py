@@ -160,7 +160,9 @@ class DeltaCatalog:
             f"{f'COALESCE({n}, {_LATER[n]})' if n in there else _LATER[n]} AS {n}" if n in _LATER else n for n in SCHEMA.names
         )
         names = ", ".join(name for name, _ in FIELDS)
-        sql = f"SELECT {names} FROM (SELECT {wanted} FROM shards) WHERE {where} ORDER BY committed, place, first_offset"
+        # of rows in one place, the older before what replaced it
+        order = "committed, place, first_offset, changed, status = 'live', key"
+        sql = f"SELECT {names} FROM (SELECT {wanted} FROM shards) WHERE {where} ORDER BY {order}"
         try:
             # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
             # nor delta-rs's own read_all: it keeps the interpreter lock while it waits for S3; pyarrow lets go of it
