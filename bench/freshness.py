@@ -82,7 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--age", type=float, default=5.0, help="shard.max_age_s")
     given = parser.parse_args()
     images = load(DATA / "imagenet-sample-1000.tar", 1000)
-    with tempfile.TemporaryDirectory() as server, tempfile.TemporaryDirectory() as place, nginx(images, Path(server)) as (http, _, _):
+    with tempfile.TemporaryDirectory() as server, tempfile.TemporaryDirectory() as place, nginx(images, Path(server)) as (http, _, _trust):
         took = measure(http, Path(place), given.rate, given.seconds, given.age)
     p50, p95, p99 = np.percentile(took, [50, 95, 99])
     print(

@@ -22,9 +22,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
-from streamlearn.contract.catalog import SCHEMA, ShardRow
+from streamlearn.contract.catalog import ShardRow
 from streamlearn.contract.errors import ConfigError, Corrupt
 from streamlearn.contract.object_store import FolderStore, ObjectStore
+from streamlearn.contract.shard_rows import SCHEMA
 from streamlearn.contract.shards import SIDECAR_SCHEMA, sidecar_key
 
 MEMORY = "512MB"
