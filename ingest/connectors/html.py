@@ -48,9 +48,9 @@ def read(html: str, base: str) -> Page:
 
 
 def join(base: str, link: str) -> str:
-    """The absolute URL; empty for what is none, or is no http."""
+    """The absolute URL; empty for what is none, or is no http.  An empty link would be the page itself."""
     try:
-        url = urljoin(base, link.strip())
+        url = urljoin(base, link.strip()) if link.strip() else ""
     except ValueError:
         return ""
     return url if url.lower().startswith(("http://", "https://")) else ""
