@@ -253,3 +253,17 @@ def test_events_are_read_as_the_standard_says():
 def test_bad_options_are_refused_before_anything_starts(more):
     with pytest.raises(ConfigError, match=f"connector c: {next(iter(more))} = "):
         WikimediaConnector("c", WikimediaOptions(**more)).check()
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\r\n"])
+def test_every_end_of_line_ends_one_line(end):
+    text = b"data: a\ndata: b\nid: 1\n\ndata: c\n\n"
+    assert Events().feed(text.replace(b"\n", end)) == Events().feed(text) == [Event("a\nb", "1"), Event("c", "1")]
+
+
+def test_a_line_that_never_ends_takes_no_memory():
+    parser = Events(max_line=100)
+    for _ in range(50):
+        parser.feed(b"data: " + b"x" * 90)
+    assert len(parser._line) <= 103
+    assert parser.feed(b"\n\ndata: y\n\n") == [Event("", "", spoilt=True), Event("y", "")]
