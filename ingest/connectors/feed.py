@@ -91,7 +91,7 @@ class FeedConnector:
         if answer.status == 410:
             logger.warning("connector %s: feed %s is gone (410): it is not asked for again", self.name, url)
             state.clear()
-            pass
+            state["gone"] = True
             yield Found()
         elif answer.status != 200:
             raise Retryable(f"{url}: HTTP {answer.status}", after_s=self.options.interval_s)
