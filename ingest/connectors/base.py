@@ -7,7 +7,7 @@ its candidates as before (url, source_ref, etag), so that none is announced twic
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ class Found:
     candidates: list[Candidate] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)  # (where in the source, what it was, why)
     cursor: Cursor = field(default_factory=dict)
+    settled: Callable[[], None] | None = None  # called once the cursor is recorded: whoever pushed the batch may be told
 
     def __len__(self) -> int:
         return len(self.candidates) + len(self.refused)

@@ -125,6 +125,8 @@ class Source:
             self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
         self.cursor = found.cursor
         self._record()
+        if found.settled is not None:
+            found.settled()
         self.metrics.candidates.inc(len(new))
         self.metrics.refused.inc(len(found.refused))
         return len(new)
