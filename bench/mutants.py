@@ -72,7 +72,7 @@ MUTANTS = (
         LANE,
         "                self.fetcher.metrics.fenced.inc()\n                await self._restart()\n",
         "                self.fetcher.metrics.fenced.inc()\n                self._drop()\n",
-        BENCH,
+        f"{SEALING} -k was_fenced",
     ),
     Mutant(
         "a dropped unit leaves nothing",
