@@ -134,7 +134,7 @@ MUTANTS = (
         "tests/contract/test_catalog.py -k disturb",
     ),
     Mutant(
-        "put_if_absent is conditional", S3, 'put(IfNoneMatch="*", Metadata', "put(Metadata", "tests/adapters/test_s3_store.py -k absent"
+        "put_if_absent is conditional", S3, 'put(IfNoneMatch="*", Metadata', "put(Metadata", "tests/contract/test_object_store.py -k absent"
     ),
 )
 
