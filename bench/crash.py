@@ -276,6 +276,7 @@ def run(home: Path, offsets: int, crashes: int, seed: int, *, log: str, store: s
         if world.brokers:
             world.brokers.calm.set()  # the audit is about what happened
             time.sleep(1.5)
+        done = done or Watch(world).settled()  # the limit may have come while no broker would tell
         fresh = world.log()
         found = audit(fresh, world.store(), world.catalog(fresh.log_id), offsets)
         if done:
