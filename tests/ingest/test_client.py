@@ -41,7 +41,7 @@ def site():
 
 def fetch(url, config=FETCH, folders=()):
     async def go():
-        async with Client(config, folders) as client:
+        async with Client(config, lambda: folders) as client:
             return await client.fetch(Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z"))
 
     return asyncio.run(go())
