@@ -31,9 +31,11 @@ def validate(name: str, flat: Mapping[str, Any]) -> dict[str, Any]:
     fields = [(CONNECT[key], field, MEANING[key], "Common") for key, field in FIELDS.items()]
     options = plugins.load(name).Options
     fields += [(key, field, field.description or "", name) for key, field in options.model_fields.items()]
-    configs = [
-        _config(key, field, meaning, group, i, flat, complaints.pop(key, [])) for i, (key, field, meaning, group) in enumerate(fields)
-    ]
+    configs = []
+    for order, (key, field, meaning, group) in enumerate(fields):
+        definition = _definition(key, field) | {"documentation": meaning, "group": group, "order": order}
+        value = to_text(flat[key]) if key in flat else definition["default_value"]
+        configs.append({"definition": definition, "value": _value(key, value, complaints.pop(key, []))})
     for key, errors in complaints.items():  # keys that there are none of
         configs.append({"definition": _unknown(key), "value": _value(key, to_text(flat.get(key)), errors)})
     return {

@@ -76,6 +76,7 @@ class Worker:
             self._target = target
             if target == RUNNING:
                 self._halt.clear()
+                self._state = RUNNING if self._state == PAUSED else self._state  # from now on it may discover: PAUSED would be no promise
             else:
                 self._halt.set()
             self._changed.set()
@@ -93,18 +94,21 @@ class Worker:
     def _main(self) -> None:
         try:
             while not self._ending:
-                if self._target == RUNNING:
-                    wait_s = self._round()
-                    if wait_s is None:
-                        return
-                else:
-                    self._state, wait_s = PAUSED, 3600.0
+                wait_s = 3600.0 if self._rests() else self._round()
+                if wait_s is None:
+                    return
                 self._changed.wait(wait_s)
                 self._changed.clear()
         except BaseException as e:  # a library that hangs (Stuck), or an end from outside: the role has to know
             self.fatal = e
         finally:
             self._close()
+
+    def _rests(self) -> bool:
+        with self._lock:
+            if self._target != RUNNING:
+                self._state = PAUSED
+            return self._target != RUNNING
 
     def _round(self) -> float | None:
         """Open it if need be, and let it discover.  Seconds until the next round; None: there is none."""
