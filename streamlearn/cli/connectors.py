@@ -218,7 +218,7 @@ def _plan(wanted: ConnectorConfig, before: book.Entry | None, cursor: Cursor | N
     action = "would be created"
     if before is not None:
         action = "unchanged" if before.config == wanted else "would be changed"
-        if before.in_file and before.config != wanted:
+        if before.in_file:
             action = "would be refused: it stands in the configuration file of the home"
     connector = build(wanted)
     candidates: list[dict[str, Any]] = []

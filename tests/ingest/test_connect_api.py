@@ -115,9 +115,8 @@ def test_plugins_are_told_and_validate(role):
     assert {"folder", "urls", "steps"} <= {p["class"] for p in found} and all(p["type"] == "source" and p["version"] for p in found)
     status, answer = role.call("PUT", "/connector-plugins/steps/config/validate", FLAT | {"name": "c", "steps": "many"})
     assert status == 200 and answer["error_count"] == 1
-    assert [c["value"]["errors"] for c in answer["configs"] if c["value"]["errors"]] == [
-        ["steps = 'many': input should be a valid integer, unable to parse string as an integer"]
-    ] or answer["error_count"] == 1
+    errors = [error for c in answer["configs"] for error in c["value"]["errors"]]
+    assert len(errors) == 1 and errors[0].startswith("steps = 'many': input should be a valid integer")
     assert role.call("GET", "/")[1]["kafka_cluster_id"] == role.log.log_id
 
 
