@@ -1,7 +1,8 @@
 """The REST API of the role `connect`, in the shape of Kafka Connect's, so that what speaks to that speaks to this.
 
 Every request that changes something is a record of the log before it is answered (connectors/book.py); the role obeys it on its next
-round.  Errors are {"error_code", "message"}: 400 what is wrong with the configuration, 401 no token, 404 no such connector, 409 it is
+round.  Errors are {"error_code", "message"}: 400 what is wrong with the configuration, 401 no token, 403 a
+name that is not this machine's, 404 no such connector, 409 it is
 there already, or in the configuration file, or must be stopped first, 415 a body that is not called JSON, 422 JSON of another shape.
 """
 
@@ -56,15 +57,15 @@ class Api:
         entries = book.entries(self.config, self.log)
         if not expand:
             return sorted(entries)
-        views: dict[str, Callable[[str, book.Entry], Any]] = {"info": lambda _, e: self.info(e), "status": lambda n, _: self.status(n)}
+        views: dict[str, Callable[[str, book.Entry], Any]] = {"info": lambda _, e: self.info(e), "status": self.status}
         return {name: {what: views[what](name, entry) for what in expand if what in views} for name, entry in entries.items()}
 
     def info(self, entry: book.Entry) -> dict[str, Any]:
         name = entry.config.name
         return to_connect(entry.config) | {"tasks": [{"connector": name, "task": 0}], "type": "source"}
 
-    def status(self, name: str) -> dict[str, Any]:
-        found = self.workers.states({name: self.entry(name)})[name]
+    def status(self, name: str, entry: book.Entry) -> dict[str, Any]:
+        found = self.workers.states({name: entry})[name]
         of = {"state": found["state"], "worker_id": self.worker_id} | {k: found[k] for k in ("trace", "retrying") if k in found}
         tasks = [] if found["state"] in (book.STOPPED, "UNASSIGNED") else [{"id": 0} | of]
         return {"name": name, "connector": of, "tasks": tasks, "type": "source"}
@@ -151,7 +152,7 @@ def routes(api: Api) -> list[web.RouteDef]:
         web.delete("/connectors/{name}", get(lambda r: api.delete(_name(r)), 204)),
         web.get("/connectors/{name}/config", get(lambda r: to_connect(api.entry(_name(r)).config)["config"])),
         web.put("/connectors/{name}/config", functools.partial(_with_body, lambda r, body: api.configure(_name(r), body))),
-        web.get("/connectors/{name}/status", get(lambda r: api.status(_name(r)))),
+        web.get("/connectors/{name}/status", get(lambda r: api.status(_name(r), api.entry(_name(r))))),
         web.get("/connectors/{name}/tasks", get(lambda r: api.info(api.entry(_name(r)))["tasks"])),
         web.put("/connectors/{name}/pause", get(lambda r: api.aim(_name(r), book.PAUSED), 202)),
         web.put("/connectors/{name}/resume", get(lambda r: api.aim(_name(r), book.RUNNING), 202)),
@@ -219,6 +220,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 def application(api: Api) -> web.Application:
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not api.token and not _loopback(request.url.host or ""):  # a page whose name a browser was told to find here
+            raise Wrong(403, "without a token only requests to localhost or a loopback address are answered")
         given = request.headers.get("Authorization", "")
         if api.token and not hmac.compare_digest(given.encode(), f"Bearer {api.token}".encode()):
             raise Wrong(401, "send Authorization: Bearer, with the token of STREAMLEARN_REST_TOKEN")
@@ -234,7 +237,7 @@ class Server:
 
     def __init__(self, app: web.Application, host: str, port: int):
         self._loop = asyncio.new_event_loop()
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
         self._thread = threading.Thread(target=self._loop.run_forever, name="rest", daemon=True)
         self._thread.start()
         try:
@@ -248,12 +251,15 @@ class Server:
         await web.TCPSite(self._runner, host, port).start()
 
     def close(self) -> None:
-        self._call(self._runner.cleanup())
+        try:
+            self._call(self._runner.cleanup())
+        except TimeoutError:  # a request waits for the log; the process ends all the same
+            logger.warning("the REST API did not close in time")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
     def _call(self, coroutine: Any) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
 
 def serve(api: Api, config: ConnectConfig) -> Server:

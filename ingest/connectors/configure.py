@@ -29,6 +29,7 @@ CONNECT = {  # our key -> Connect's
     "dead_letter_topic": "errors.deadletterqueue.topic.name",
     "poll_s": "poll.interval.ms",
 }
+NO_SPLIT = "no class splits its work over several tasks yet; set it to 1"
 OURS = {theirs: ours for ours, theirs in CONNECT.items()}
 FIELDS = {field.alias or name: field for name, field in ConnectorConfig.model_fields.items()}
 
@@ -47,9 +48,7 @@ def build(config: ConnectorConfig, where: str = "config") -> Connector:
         raise ConfigError(f"{where}: connector {config.name}: {e}") from e
     options = options_of(config, cls, where)
     if config.tasks_max != 1:
-        raise ConfigError(
-            f"{where}: connector {config.name}: tasks_max = {config.tasks_max}: class {config.kind} does not split; set it to 1"
-        )
+        raise ConfigError(f"{where}: connector {config.name}: tasks_max = {config.tasks_max}: {NO_SPLIT}")
     return cls(config.name, options)
 
 
@@ -91,6 +90,8 @@ def connect_complaints(flat: Mapping[str, Any]) -> list[tuple[str, str]]:
     ours = _ours({k: v for k, v in flat.items() if k not in misnamed}, options)
     own = {k: v for k, v in ours.items() if k in FIELDS}
     found += [(CONNECT.get(key, key), CONNECT.get(key, key) + text.removeprefix(key)) for key, text in complaints(ConnectorConfig, own)]
+    if isinstance(ours.get("tasks_max"), int) and ours["tasks_max"] > 1:
+        found.append((CONNECT["tasks_max"], f"{CONNECT['tasks_max']} = {ours['tasks_max']}: {NO_SPLIT}"))
     if options is not None:
         rest = {k: v for k, v in ours.items() if k not in FIELDS}
         found += complaints(options, rest, also=[theirs for theirs in OURS if theirs not in flat])

@@ -117,11 +117,12 @@ class UrlsConnector:
     def _parts(self) -> dict[str, Path]:
         """Name -> file, in the order of the names."""
         if self.path.is_dir():
-            return {p.relative_to(self.path).as_posix(): p for p in sorted(self.path.rglob("*.parquet")) if p.is_file()}
+            found = {p.relative_to(self.path): p for p in sorted(self.path.rglob("*.parquet")) if p.is_file()}
+            return {n.as_posix(): p for n, p in found.items() if not any(part[0] in "._" for part in n.parts)}  # Spark's unfinished ones
         if self.path.is_file() or not glob.has_magic(self.options.path):
             return {"": self.path} if self.path.is_file() else {}
-        found = sorted(p for p in glob.glob(self.options.path, recursive=True) if p.lower().endswith(".parquet"))  # noqa: PTH207
-        return {p: Path(p) for p in found}
+        named = sorted(p for p in glob.glob(self.options.path, recursive=True) if p.lower().endswith(".parquet"))  # noqa: PTH207
+        return {p: Path(p) for p in named}
 
     def _all_parts(self, cursor: Cursor) -> Iterator[Found]:
         """The part that was being read, then the others by name.  One that cannot be read is left for last, and for the next time."""

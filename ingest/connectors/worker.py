@@ -23,6 +23,7 @@ from streamlearn.contract.errors import ConfigError, Retryable, Stuck
 
 UNASSIGNED, FAILED = "UNASSIGNED", "FAILED"
 STATES = (UNASSIGNED, RUNNING, PAUSED, STOPPED, FAILED)
+TRACE = 8000  # characters that are kept
 FIRST_S = 0.5  # before the second try; doubles up to errors_retry_delay_max_s
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class Worker:
     def _fail(self, trace: str) -> None:
         logger.error("connector %s FAILED: %s", self.entry.config.name, trace)
         self._count_failure()
-        self._state, self.trace, self.retrying = FAILED, trace, ""
+        self._state, self.trace, self.retrying = FAILED, trace[-TRACE:], ""
 
     def _close(self) -> None:
         source = self._source

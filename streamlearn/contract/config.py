@@ -30,7 +30,7 @@ class ConnectorConfig(Section):
     tasks_max: int = Field(default=1, ge=1)  # threads; only 1 for a class that does not split its work
     errors_tolerance: Literal["none", "all"] = "all"  # none: a refused entry fails the connector; all: it is a dead letter, and on it goes
     errors_retry_delay_max_s: float = Field(default=60.0, gt=0)  # between tries after a fault; begins at half a second and doubles
-    errors_log: bool = True  # say each refused entry in the role's log too
+    errors_log: bool = False  # say each refused entry in the role's log too
     dead_letter_topic: str = Field(default="dead-letters", pattern=r"^[A-Za-z0-9._-]{1,200}$")  # where refused entries go
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the source
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ingest.connectors import definitions, plugins
 from ingest.connectors.configure import CONNECT, absolute, build, coerced, connect_complaints, from_connect, to_connect
+from streamlearn.cli.up import _resolve as resolve
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config, ConnectorConfig, Section
 from streamlearn.contract.errors import ConfigError
@@ -60,7 +61,7 @@ options = st.fixed_dictionaries(
         "mode": st.sampled_from(["a", "b"]),
         "maybe": st.integers(),
         "level": st.sampled_from([1, 2]),
-        "tasks_max": st.integers(1, 99),
+        "tasks_max": st.just(1),
         "errors_tolerance": st.sampled_from(["none", "all"]),
         "errors_retry_delay_max_s": st.floats(1e-9, 1e9),
         "errors_log": st.booleans(),
@@ -121,6 +122,7 @@ WRONG = [
     ({"errors_tolerance": "all"}, "errors_tolerance: no such key; it is written errors.tolerance here"),
     ({"errors.tolerance": "some"}, "errors.tolerance = 'some': input should be 'none' or 'all'"),
     ({"tasks.max": "0"}, "tasks.max = 0: input should be greater than or equal to 1"),
+    ({"tasks.max": "2"}, "tasks.max = 2: no class splits its work over several tasks yet; set it to 1"),
     ({"poll.interval.ms": "soon"}, "poll.interval.ms = 'soon': input should be a valid number"),
     ({"connector.class": "all-kind"}, "class = 'all-kind': no such connector class; did you mean all-kinds?"),
     ({"name": "No Name"}, "name = 'No Name': string should match pattern"),
@@ -157,6 +159,16 @@ def test_paths_of_this_machine_are_relative_to_their_file(tmp_path):
     config = absolute(ConnectorConfig.of("c", "urls", path="lists/*.parquet", url_column="url"), tmp_path)
     assert config.options == {"path": f"{tmp_path}/lists/*.parquet", "url_column": "url"}
     assert absolute(ConnectorConfig.of("c", "folder", path="/data"), tmp_path).options == {"path": "/data"}
+
+
+def test_up_takes_paths_from_where_its_file_lies_and_names_it_in_complaints(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[[connectors]]\nname = 'c'\nclass = 'urls'\npath = 'lists/u.txt'\nfollow = false\n")
+    config, _ = resolve(path, tmp_path / "home", {}, demo=False, images=None, urls=None, probe=None)
+    assert config.connectors[0].options == {"path": f"{tmp_path}/lists/u.txt", "follow": False}
+    path.write_text(path.read_text() + "folow = true\n")
+    with pytest.raises(ConfigError, match=r"run.toml: connector c: folow: no such key; did you mean follow\?"):
+        resolve(path, tmp_path / "home", {}, demo=False, images=None, urls=None, probe=None)
 
 
 def test_a_value_that_is_no_string_stays_as_it_is():

@@ -120,6 +120,12 @@ def test_plugins_are_told_and_validate(role):
     assert role.call("GET", "/")[1]["kafka_cluster_id"] == role.log.log_id
 
 
+def test_a_page_in_a_browser_cannot_give_orders_under_a_name_of_its_own(role):
+    status, error = role.call("GET", "/connectors", headers={"Host": f"evil.example:{role.port}"})
+    assert status == 403 and "only requests to localhost" in error["message"]
+    assert role.call("GET", "/connectors", headers={"Host": f"localhost:{role.port}"})[0] == 200
+
+
 def test_with_a_token_nothing_is_answered_without_it(tmp_path):
     with Role(tmp_path, token="secret") as role:
         assert role.call("GET", "/connectors") == (200, [])

@@ -125,7 +125,7 @@ def test_validate_reads_both_forms_and_says_what_is_wrong(tmp_path):
     assert run("validate", toml).count("good") == 2 and "good" in run("validate", connector(tmp_path))
     wrong = {
         connector(tmp_path, name="p", pth="x"): "p.json: connector p: pth: no such key; did you mean path?",
-        connector(tmp_path, name="q", **{"tasks.max": "2"}): "q.json: connector q: tasks_max = 2",
+        connector(tmp_path, name="q", **{"tasks.max": "2"}): "q.json: connector q: tasks.max = 2",
         tmp_path / "none.json": "cannot be read",
     }
     for name, text, complaint in [

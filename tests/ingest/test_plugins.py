@@ -95,5 +95,5 @@ def test_a_class_of_ours_whose_module_is_not_there_is_not_listed(monkeypatch):
 
 
 def test_a_class_that_does_not_split_takes_one_task(tmp_path):
-    with pytest.raises(ConfigError, match="tasks_max = 2: class folder does not split; set it to 1"):
+    with pytest.raises(ConfigError, match="tasks_max = 2: no class splits its work"):
         build(ConnectorConfig.of("c", "folder", path=str(tmp_path), tasks_max=2))

@@ -84,6 +84,12 @@ def test_parts_are_read_in_order_and_one_that_is_added_later_too(tmp_path, path)
     assert numbers(log) == [*range(10, 17), 20, 21, *range(30, 35)]
 
 
+def test_what_spark_has_not_finished_is_no_part(tmp_path):
+    for name in ("a.parquet", "_temporary/0/b.parquet", ".c.parquet"):
+        part(tmp_path / "parts" / name, 0, 1)
+    assert go(make_log(tmp_path), tmp_path / "parts") == 1
+
+
 @pytest.mark.parametrize("when", ["before", "half way", "after"])
 @pytest.mark.parametrize("nth", range(1, 10))
 def test_killed_anywhere_in_the_parts_with_a_part_added_meanwhile_every_row_is_told_once(tmp_path, monkeypatch, nth, when):
