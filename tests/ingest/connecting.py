@@ -1,6 +1,7 @@
 """A package made for a test, the real role in a thread, and a real client of its REST API."""
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -17,7 +18,7 @@ from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_L
 from streamlearn.contract.metrics import ConnectMetrics
 from streamlearn.contract.status import Heartbeat, read_status
 
-DEADLINE_S = 120
+DEADLINE_S = float(os.environ.get("STREAMLEARN_TEST_DEADLINE_S", "120"))
 
 
 def install(site, monkeypatch, name, modules, entries, version="0.1"):

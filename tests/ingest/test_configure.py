@@ -4,7 +4,7 @@ import json
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ingest.connectors import definitions, plugins
@@ -72,6 +72,10 @@ options = st.fixed_dictionaries(
 
 
 @given(options)
+@example({"text": "", "words": ["[", "a"]})
+@example({"text": "", "words": [" a"]})
+@example({"text": "", "words": ["a,b"]})
+@example({"text": "", "words": [""]})
 def test_connects_strings_say_the_same_there_and_back(given_options):
     config = ConnectorConfig.of("c", "all-kinds", **given_options)
     flat = to_connect(config)

@@ -68,6 +68,19 @@ def test_offsets_are_told_and_only_a_stopped_connector_forgets_them(role):
     assert urls(role.log, "fixed") == sorted(2 * expected("fixed", 2))
 
 
+def test_offsets_are_not_forgotten_under_a_thread_that_still_writes_them(role, tmp_path):
+    (tmp_path / "trouble").write_text("slow")
+    slow = FLAT | {"trouble": str(tmp_path / "trouble"), "at": "2"}
+    role.call("POST", "/connectors", {"name": "c", "config": slow})
+    until(lambda: len(urls(role.log, "c")) == 2)
+    role.call("PUT", "/connectors/c/stop")
+    assert role.call("DELETE", "/connectors/c/offsets")[0] == 409
+    assert role.state("c") == "RUNNING"  # it is to stop, and has not yet
+    (tmp_path / "trouble").unlink()
+    role.reaches("c", "STOPPED")
+    assert role.call("DELETE", "/connectors/c/offsets")[0] == 200
+
+
 def test_deleting_keeps_the_cursor(role):
     role.call("POST", "/connectors", {"name": "c", "config": FLAT})
     until(lambda: len(urls(role.log, "c")) == 5)

@@ -106,6 +106,20 @@ def test_killed_anywhere_in_the_parts_with_a_part_added_meanwhile_every_row_is_t
     assert numbers(log) == [0, 1, 2, 10, 11, 12, 13, 14, 20, 21, 22]
 
 
+def test_the_part_that_was_begun_comes_first_or_its_row_would_be_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr("ingest.connectors.urls.BATCH", 2)
+    log = make_log(tmp_path, DyingLog)
+    part(tmp_path / "parts" / "b.parquet", 10, 6)
+    for nth in (5, 4):  # in the midst of b; then, with a there too, once more
+        log.countdown, log.when = nth, "after"
+        with pytest.raises(Killed):
+            go(log, tmp_path / "parts")
+        part(tmp_path / "parts" / "a.parquet", 0, 6)
+    log.countdown = -1
+    go(log, tmp_path / "parts")
+    assert numbers(log) == [*range(6), *range(10, 16)]
+
+
 def test_a_part_that_cannot_be_read_holds_up_no_other_and_is_tried_again(tmp_path):
     log = make_log(tmp_path)
     part(tmp_path / "parts" / "a.parquet", 0, 2)
