@@ -36,7 +36,7 @@ ROLES = ("connect", "fetch", "train", "evaluate")
 TEMPLATE = """
 [[connectors]]
 name = "web"
-kind = "urls"
+class = "urls"
 path = "{home}/urls.txt"
 [fetch]
 allow_networks = ["127.0.0.0/8"]

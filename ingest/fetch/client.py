@@ -34,6 +34,7 @@ from ingest.fetch.screen import Reason, Refused, Seen, screen
 from ingest.fetch.transport import Answer, BadUrl, Broken, Transport
 from streamlearn.contract.candidate import REFRESH, Candidate
 from streamlearn.contract.config import FetchConfig
+from streamlearn.contract.errors import Retryable
 from streamlearn.contract.status import now
 
 CHUNK = 2**16  # bytes
@@ -107,9 +108,10 @@ class _Again(Exception):
 class Client:
     """One per process.  Use as an async context."""
 
-    def __init__(self, config: FetchConfig, folders: tuple[Path, ...] = ()):
+    def __init__(self, config: FetchConfig, folders: Callable[[], tuple[Path, ...]] = tuple):
+        """`folders` tells, resolved, what `file:` candidates may name; asked again where one names something else.  May raise Retryable."""
         self.config, self.guard = config, Guard(config.allow_networks)
-        self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
+        self._folders, self.folders = folders, folders()
         self.token = robots.product_token(config.user_agent)
         self.hosts = Hosts(config)
         self.denied = Denied()  # what was taken down; whoever owns us replaces it
@@ -285,13 +287,19 @@ class Client:
             return screen(body, **caps)  # a thread's hand-over costs more than a small image
         return await asyncio.to_thread(screen, body, **caps)
 
+    def _is_watched(self, real: Path) -> bool:
+        """A connector that was made since we started may watch it."""
+        if not any(real.is_relative_to(folder) for folder in self.folders):
+            self.folders = self._folders()
+        return any(real.is_relative_to(folder) for folder in self.folders)
+
     def _read_file(self, url: str) -> Fetched | Refused | Unanswered:
         """A `file:` candidate, only from a watched folder; symbolic links are followed before they are judged."""
         parts = urlsplit(url)
         path = Path(unquote(parts.path))
         try:
             real = path.resolve(strict=True)
-            if parts.netloc or not any(real.is_relative_to(folder) for folder in self.folders):
+            if parts.netloc or not self._is_watched(real):
                 return Refused(Reason.OUTSIDE, f"{path} is in none of the watched folders")
             if not real.is_file():
                 return Refused(Reason.NOT_AN_IMAGE, f"{path} is not a plain file")
@@ -301,7 +309,7 @@ class Client:
             return Refused(Reason.GONE, f"{path} is not there any more")
         except (ValueError, RuntimeError) as e:  # a NUL in the name; links that go round
             return Refused(Reason.BAD_URL, f"{url[:200]!a}: {e}")
-        except OSError as e:
+        except (OSError, Retryable) as e:
             return Unanswered(f"{path}: {e}")
         if len(body) > self.config.max_bytes:
             return Refused(Reason.TOO_LARGE, f"{path}: over {self.config.max_bytes} bytes")

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ingest.connectors.book import watched
 from ingest.denied import Denied
 from ingest.fetch.client import Client
 from ingest.fetch.lane import Lane
@@ -26,7 +27,16 @@ from streamlearn.contract import durable
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import Retryable, StoreFull
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, TAKEDOWNS, EventLog, Subscription, retry_topic
+from streamlearn.contract.event_log import (
+    CANDIDATES,
+    CONNECTOR_CONFIGS,
+    DEAD_LETTERS,
+    SHARDS,
+    TAKEDOWNS,
+    EventLog,
+    Subscription,
+    retry_topic,
+)
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import REJECTED, Outcome
@@ -87,14 +97,13 @@ class Fetcher:
         shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
         self.spool.mkdir(parents=True)
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
-        for topic in [*topics, DEAD_LETTERS, SHARDS, TAKEDOWNS]:
+        for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
-        folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
         subscription = self.log.subscribe(group_of(self.log), topics)
         try:
-            async with Client(self.config.fetch, folders) as client:
+            async with Client(self.config.fetch, lambda: watched(self.config, self.log)) as client:
                 client.hosts.restore(_json(self.hosts_file))
                 client.denied = Denied(await self.read(self.log.table, TAKEDOWNS))  # before anything is asked for
                 await self._work(client, subscription, stop)

@@ -118,7 +118,8 @@ def _demo(config: Config, home: Home, registry: CollectorRegistry, heartbeat: He
 def _connect(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from ingest.connectors.run import run_connect
 
-    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop)
+    token = os.environ.get("STREAMLEARN_REST_TOKEN", "")
+    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop, token=token)
 
 
 def _fetch(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:

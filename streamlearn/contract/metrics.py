@@ -12,6 +12,8 @@ class ConnectMetrics:
     def __init__(self, registry: CollectorRegistry):
         self.candidates = Counter("connect_candidates", "Candidates appended to the log", registry=registry)
         self.refused = Counter("connect_refused", "Entries of a source that are no candidates, dead-lettered", registry=registry)
+        self.connectors = Gauge("connect_connectors", "Connectors by state", ["state"], registry=registry)
+        self.failures = Counter("connect_failures", "Times a connector went to FAILED", registry=registry)
         self.heartbeat = Gauge("connect_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
 
 
