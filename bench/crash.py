@@ -31,13 +31,13 @@ from confluent_kafka import Producer
 
 from bench import crash_worker, crash_world
 from bench.crash_audit import Audit, Books, audit, settled
-from bench.crash_world import PARTITIONS, S3, TOPICS, Brokers, Context, spools
+from bench.crash_world import OTHERS, PARTITIONS, S3, TOPICS, Brokers, Context, spools
 from streamlearn.adapters.kafka_log import KafkaLog
 from streamlearn.adapters.s3_store import S3Store, delta_options
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.errors import ConfigError, Retryable, Stuck
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, NewRecord, SqliteLog
+from streamlearn.contract.event_log import CANDIDATES, EventLog, NewRecord, SqliteLog
 from streamlearn.contract.object_store import FolderStore, ObjectStore
 
 GROUPED = 2  # workers that share the partitions out; the others are zombies
@@ -208,7 +208,7 @@ class Watch:
 def drive(world: World, fleet: Fleet, offsets: int, limit_s: float) -> bool:
     """Feed, tend and trouble until all has settled; whether it has."""
     if world.brokers is None:
-        for topic in (*TOPICS, DEAD_LETTERS, SHARDS):
+        for topic in (*TOPICS, *OTHERS):
             world.log().ensure_topic(topic, PARTITIONS)
     feeder, watch, began, looked = Feeder(world), Watch(world), time.monotonic(), 0.0
     while time.monotonic() - began < limit_s:

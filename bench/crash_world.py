@@ -22,7 +22,7 @@ from PIL import Image
 
 from bench import crash_s3
 from streamlearn.contract.config import KafkaConfig, StoreConfig
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SHARDS, TAKEDOWNS, retry_topic
 from tests.adapters.faultproxy import Act, Fault, FaultProxy
 from tests.adapters.kafka import DROP, MockCluster
 from tests.adapters.s3 import CREDENTIALS, FOREIGN, ISOLATED, Bucket, s3_serving
@@ -31,6 +31,7 @@ from tests.ingest.server import serving
 PARTITIONS = 3
 RETRIES = (0.5, 0.5, 0.5)  # s; a retry topic each
 TOPICS = (CANDIDATES, *(retry_topic(i) for i in range(len(RETRIES))))
+OTHERS = (DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS)  # that the role asks for
 Kind = Literal["good", "flaky", "gone", "garbage", "never"]
 NOT_LEADER, COORDINATOR_LOADING, NOT_COORDINATOR = 6, 14, 16
 S3_FAULTS: tuple[Act, ...] = ("answer", "reset_before", "reset_after", "delay", "truncate")
@@ -174,7 +175,7 @@ class Brokers:
     def _down(self, broker: int, heir: int) -> None:
         """For a second; mostly another leads meanwhile, as with real brokers.  Where none does, kafka-python's producer is lost for good:
         it never asks again who leads, and the process must end (Stuck)."""
-        for topic in (*TOPICS, DEAD_LETTERS, SHARDS) if heir else ():
+        for topic in (*TOPICS, *OTHERS) if heir else ():
             for partition in range(PARTITIONS):
                 self.cluster.set_leader(self.prefix + topic, partition, heir if heir != broker else broker % 3 + 1)
         self.cluster.down(broker)
