@@ -186,7 +186,7 @@ class Brokers:
 @contextlib.contextmanager
 def brokers(seed: int) -> Iterator[Brokers]:
     made = Brokers(MockCluster(), "crash.", seed)
-    for topic in (*TOPICS, DEAD_LETTERS, SHARDS):
+    for topic in (*TOPICS, *OTHERS):
         made.cluster.make_topic(made.prefix + topic, PARTITIONS)
     thread = threading.Thread(target=made.trouble, name="trouble", daemon=True)
     thread.start()
