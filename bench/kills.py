@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.real import DATA, finished
+from ingest.audit import verify as verify_dataset
 from streamlearn.cli.roles import Home
 from streamlearn.contract.config_file import from_json
+from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import OUTCOMES, index_shard, read_sidecar, sidecar_key
 from streamlearn.contract.status import read_status
 from streamlearn.learn.checkpoint import Checkpoints
@@ -34,7 +36,7 @@ ROLES = ("connect", "fetch", "train", "evaluate")
 TEMPLATE = """
 [[connectors]]
 name = "web"
-kind = "urls"
+class = "urls"
 path = "{home}/urls.txt"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
@@ -159,7 +161,7 @@ def settled(home: Path, images: int) -> bool:
 def audit_home(home: Path, images: int) -> Findings:
     found, embedded = Findings(), Home(home)
     config = from_json((home / "config.json").read_text(), where="config.json")
-    log, store = embedded.log(), embedded.store()
+    log, store = embedded.log(), FolderStore(embedded.path / "store")
     rows = embedded.catalog(log.log_id).rows()
     urls: Counter[str] = Counter()
     offsets: Counter[tuple[str, int, int]] = Counter()
@@ -172,6 +174,8 @@ def audit_home(home: Path, images: int) -> Findings:
             offsets[row.topic, row.partition, outcome["offset"]] += 1
             if outcome["outcome"] == "stored":
                 urls[outcome["url"]] += 1
+    report = verify_dataset(log, store, embedded.catalog(log.log_id), deep=True, sample=0)
+    found.check("catalog, log and objects agree to the byte", report.good, [f"{f.kind} {f.where}: {f.what}" for f in report.findings] or "")
     found.check("every shard is readable and as digested", not found.wrong, f"({len(rows)} shards)")
     ends = {(t, p): log.bounds(t, p)[1] for t, p in {(r.topic, r.partition) for r in rows}}
     found.check(

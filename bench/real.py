@@ -31,7 +31,7 @@ DATA = Path(os.environ.get("STREAMLEARN_TEST_DATA", Path(__file__).resolve().par
 CIFAR = """
 [[connectors]]
 name = "web"
-kind = "urls"
+class = "urls"
 path = "{urls}"
 [fetch]
 allow_networks = ["127.0.0.0/8"]
@@ -79,7 +79,7 @@ max_test = 10000
 PHOTOS = """
 [[connectors]]
 name = "web"
-kind = "urls"
+class = "urls"
 path = "{urls}"
 [fetch]
 allow_networks = ["127.0.0.0/8"]

@@ -2,11 +2,11 @@
 
   0. seek     to catalog.position, having recovered what steps 5 to 6 of its last unit owe (Packer.recover)
   1. fetch    spool the images to local disk in offset order; every offset ends as exactly one of
-              stored, duplicate, rejected(reason), deferred, dead                      (unchanged: refresh, not here)
+              stored, duplicate, rejected(reason), deferred, dead                      (unchanged: only of a refresh)
   2. close    the tar (its digest names it) and the sidecar, one row for every offset
   3. put      tar and sidecar, content-addressed                                         object store
   4. commit   the catalog: the shard's row, and the partition's position s -> e        <- THE COMMIT POINT
-  5. append   what the sidecar decided: retries of the deferred, dead letters; all in one append, durable
+  5. append   what the sidecar decided: retries of the deferred, dead letters, takedowns of what a refresh found gone; all in one append, durable
   6. commit   the log's group offset: it says that 5 is done (the position itself is the catalog's)
   7. append   a hint to `shards`
 
@@ -35,9 +35,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ingest.fetch.client import Fetched, Unanswered
+from ingest.denied import Denied, Selector
+from ingest.fetch.client import Fetched, Unanswered, Unchanged
 from ingest.fetch.screen import Reason, Refused
-from streamlearn.contract.candidate import MAX_BYTES, ROOM, Candidate, politeness_key
+from ingest.takedown import denial
+from streamlearn.contract.candidate import MAX_BYTES, REFRESH, ROOM, Candidate, politeness_key
 from streamlearn.contract.catalog import Advance, Catalog, ShardRow
 from streamlearn.contract.config import ShardConfig
 from streamlearn.contract.errors import Corrupt, OffsetGap
@@ -49,6 +51,7 @@ from streamlearn.contract.shards import (
     DUPLICATE,
     REJECTED,
     STORED,
+    UNCHANGED,
     Outcome,
     ShardWriter,
     read_sidecar,
@@ -59,6 +62,8 @@ from streamlearn.contract.shards import (
 from streamlearn.contract.status import now
 
 GROUP = "streamlearn-fetch"
+_WITHDRAWN = {str(Reason.GONE): "gone", str(Reason.OPT_OUT): "opt-out"}
+_GONE_FOR_GOOD = {404, 410}
 MAX_WAITS = 1000  # a host that never has room for a candidate
 
 
@@ -68,7 +73,7 @@ class Taken:
 
     offset: int
     candidate: Candidate | None  # None: the record was no candidate
-    result: Fetched | Refused | Unanswered | None
+    result: Fetched | Refused | Unanswered | Unchanged | None
     again: bool = False  # a retry that stands in the log twice
     absent: bool = False  # the log holds no record of this offset, though it does of later ones
 
@@ -95,12 +100,22 @@ class Unit:
     def end(self) -> int:
         return self.start + len(self.outcomes)
 
+    @property
+    def sidecar(self) -> Path:
+        """Where it lies until it is put."""
+        return self.spool.with_suffix(".parquet")
+
     def full(self, config: ShardConfig, at: float) -> bool:
         old = at - self.opened_at >= config.max_age_s
         return self.writer.size >= config.max_bytes or len(self.outcomes) >= config.max_samples or old
 
+    def holds(self, denied: Denied) -> bool:
+        """Whether an image in it has been taken down."""
+        return bool(denied) and any(o.outcome == STORED and denied.outcome(dataclasses.asdict(o)) for o in self.outcomes)
+
     def drop(self) -> None:
         self.writer.abort()
+        self.sidecar.unlink(missing_ok=True)  # it lies there once sealing has been tried
 
 
 class Packer:
@@ -131,10 +146,14 @@ class Packer:
             outcome = self._store(unit, taken.offset, candidate, result)
         elif isinstance(result, Unanswered) and candidate is not None:
             outcome = self._defer(unit, taken, candidate, result)
+        elif isinstance(result, Unchanged):
+            outcome = _plain(taken, UNCHANGED, "", 304)
         else:
             refused = result if isinstance(result, Refused) else Refused(Reason.BAD_RECORD, "not a candidate")
             outcome = _plain(taken, REJECTED, refused.reason, refused.http_status)
             unit.after.append(_dead_letter(self._where(unit, taken), outcome.url, refused.reason, refused.detail))
+            if candidate is not None:
+                unit.after += _withdrawn(candidate, outcome)
         unit.outcomes.append(outcome)
         return outcome
 
@@ -143,7 +162,7 @@ class Packer:
         row = self.close(unit)
         if not unit.committed:
             self.store.put_file(row.key, unit.spool)
-            self.store.put_file(sidecar_key(row.key), unit.spool.with_suffix(".parquet"))
+            self.store.put_file(sidecar_key(row.key), unit.sidecar)
             self.catalog.commit([row], [Advance(row.topic, unit.partition, unit.start, unit.end)])
             unit.committed = True
         if unit.after:
@@ -152,7 +171,7 @@ class Packer:
         self.log.commit(group_of(self.log), {(unit.topic, unit.partition): unit.end})
         self.log.append([NewRecord(SHARDS, row.key.encode(), json.dumps({"key": row.key, "samples": row.num_samples}).encode())])
         unit.spool.unlink(missing_ok=True)
-        unit.spool.with_suffix(".parquet").unlink(missing_ok=True)
+        unit.sidecar.unlink(missing_ok=True)
         return row
 
     def recover(self, topic: str, partition: int) -> int:
@@ -181,6 +200,8 @@ class Packer:
                 owed.append(self._retry(place, self._candidate(topic, row, outcome), index, Unanswered("")))
             if outcome["outcome"] in (REJECTED, DEAD) and outcome["reason"] != Reason.NO_RECORD:  # a report: twice is better than never
                 owed.append(_dead_letter(place, outcome["url"], outcome["reason"], "told again after a crash"))
+            if outcome["outcome"] == REJECTED and outcome["reason"] in _WITHDRAWN:
+                owed += _withdrawn(self._candidate(topic, row, outcome), Outcome(**outcome))
         return owed
 
     def _held(self, topic: str) -> set[str]:
@@ -200,7 +221,7 @@ class Packer:
         if unit.closed is None:
             unit.closed = unit.writer.close()
         sha256, size = unit.closed
-        write_sidecar(unit.spool.with_suffix(".parquet"), unit.outcomes)
+        write_sidecar(unit.sidecar, unit.outcomes)
         fetched = sorted(o.fetched_at for o in unit.outcomes if o.outcome == STORED)
         day = (fetched[0] if fetched else now())[:10]
         topic = place_name(self.log, unit.topic)
@@ -220,6 +241,8 @@ class Packer:
 
     def _store(self, unit: Unit, offset: int, candidate: Candidate, got: Fetched) -> Outcome:
         sha256 = hashlib.sha256(got.body).hexdigest()
+        if candidate.purpose == REFRESH and candidate.sha256 == sha256:
+            return _plain(Taken(offset, candidate, got), DUPLICATE, "same_bytes", got.http_status)
         if unit.known.get(candidate.url) == sha256:
             return Outcome(
                 offset=offset,
@@ -306,8 +329,18 @@ def _dead_letter(place: str, url: str, reason: str, detail: str) -> NewRecord:
     return NewRecord(DEAD_LETTERS, place.encode(), json.dumps(body, ensure_ascii=False).encode())
 
 
+def _withdrawn(candidate: Candidate, outcome: Outcome) -> list[NewRecord]:
+    """A refresh that finds an image gone, or not to be learnt from any more, takes down what is stored of it (the next takedown run does)."""
+    gone = outcome.reason == Reason.GONE and outcome.http_status in _GONE_FOR_GOOD
+    if candidate.purpose != REFRESH or not (gone or outcome.reason == Reason.OPT_OUT):
+        return []
+    return [denial(Selector.of("url", candidate.url), reason=_WITHDRAWN[outcome.reason], by="refresh")]
+
+
 def _plain(taken: Taken, outcome: str, reason: str, status: int = 0) -> Outcome:
     c = taken.candidate
+    if reason == Reason.TAKEN_DOWN:
+        return Outcome(offset=taken.offset, outcome=outcome, reason=str(reason))  # not a word of what it was
     return Outcome(
         offset=taken.offset,
         outcome=outcome,

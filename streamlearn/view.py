@@ -46,6 +46,7 @@ def overview(home: Path, restarts: Mapping[str, int] | None = None) -> dict[str,
         ),
         "candidates": status.get("connect", {}).get("candidates", 0),
         "sources": status.get("connect", {}).get("sources", {}),
+        "connectors": status.get("connect", {}).get("connectors", {}),
         "train": _pick(status.get("train", {}), *TRAIN),
         "evaluate": _pick(status.get("evaluate", {}), "evaluated", "pending", "failed", "last"),
         "curve": curve(home),
@@ -174,6 +175,9 @@ def _failures(view: Mapping[str, Any]) -> RenderableType:
     for label, value in (("store full", view["ingest"].get("full")), ("snapshots that cannot be measured", view["evaluate"].get("failed"))):
         if value:
             text.append(f"\n{label}: {value}", style="red")
+    for name, connector in view["connectors"].items():
+        if why := connector.get("trace") or connector.get("retrying"):
+            text.append(f"\nconnector {name} {connector['state']}: {str(why).strip().splitlines()[-1][:120]}", style="red")
     if view["train"].get("bad_steps"):
         text.append(f"\nsteps skipped as not finite: {view['train']['bad_steps']}", style="red")
     return text

@@ -15,6 +15,7 @@ PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 def keys(model: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
     for name, field in model.model_fields.items():
+        name = field.alias or name  # as the file calls it
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
         sections = [i for i in inner if isinstance(i, type) and issubclass(i, BaseModel)]
         found |= keys(sections[0], f"{prefix}{name}.") if sections else {f"{prefix}{name}"}

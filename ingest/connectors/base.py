@@ -1,20 +1,25 @@
-"""What a connector is: a source of candidates with a cursor.
+"""What a connector is: a source of candidates with a cursor.  How to write one: docs/connectors.md.
 
 `discover` is a generator of (candidates, cursor, refused): everything that is there now, in batches, never waiting for more.  The
 runner appends each batch's candidates, then its cursor; `discover` is called again with the last cursor after `poll_s`.
 A cursor is a small JSON value; what it means is the connector's own business.  A batch that is discovered again after a crash must name
 its candidates as before (url, source_ref, etag), so that none is announced twice.
+
+One instance belongs to one thread; only `check` may be called before that, by others.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from streamlearn.contract.candidate import Candidate
+from streamlearn.contract.config import Section
 
 Cursor = dict[str, Any]
 BATCH = 500  # candidates in one append
+LOCAL = "a path of this machine"
+LocalPath = Annotated[str, LOCAL]  # an option of this type is relative to the file that holds it, and made absolute when that is read
 
 
 @dataclass
@@ -24,17 +29,26 @@ class Found:
     candidates: list[Candidate] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)  # (where in the source, what it was, why)
     cursor: Cursor = field(default_factory=dict)
+    settled: Callable[[], None] | None = None  # called once the cursor is recorded: whoever pushed the batch may be told
 
     def __len__(self) -> int:
         return len(self.candidates) + len(self.refused)
 
 
 class Connector(Protocol):
+    Options: ClassVar[type[Section]]  # its own keys: frozen, strict, nothing unknown
+
+    def __init__(self, name: str, options: Any) -> None:
+        """Keeps its name (every candidate's `source`) and its Options.  Touches nothing outside."""
+
     def check(self) -> None:
         """Raises ConfigError for what the user must mend, before anything is changed."""
 
     def discover(self, cursor: Cursor | None) -> Iterator[Found]:
-        """What is there beyond the cursor.  Raises Retryable for what may pass."""
+        """What is there beyond the cursor; from the beginning where it is None.  Raises Retryable for what may pass."""
+
+    def close(self) -> None:
+        """Let go of what `check` and `discover` opened.  Called once, also after a fault; no call follows it."""
 
 
 def dump(state: dict[str, Any]) -> bytes:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ingest.connectors.base import BATCH, Cursor, Found
+from pydantic import Field
+
+from ingest.connectors.base import BATCH, Cursor, Found, LocalPath
 from streamlearn.contract.candidate import Candidate
-from streamlearn.contract.config import ConnectorConfig
+from streamlearn.contract.config import Section
 from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.status import now
 
@@ -19,20 +21,32 @@ REST_S = 0.5  # since the last change
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif"}
 
 
+class FolderOptions(Section):
+    """A watched folder of images."""
+
+    path: LocalPath = Field(min_length=1, description="the folder; its sub-folders too")
+
+
 class FolderConnector:
-    def __init__(self, config: ConnectorConfig):
-        self.config, self.folder = config, Path(config.path).resolve()
+    Options = FolderOptions
+
+    def __init__(self, name: str, options: FolderOptions):
+        self.name, self.options, self.folder = name, options, Path(options.path)
 
     def check(self) -> None:
         if not self.folder.is_dir():
-            raise ConfigError(f"connector {self.config.name}: path = {self.config.path!r}: no such folder; make it, or name another")
+            raise ConfigError(f"connector {self.name}: path = {self.options.path!r}: no such folder; make it, or name another")
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def discover(self, cursor: Cursor | None) -> Iterator[Found]:
+        self.folder = self.folder.resolve()  # a file's URL is where it really lies
         at, named = (int(cursor["mtime_ns"]), set(cursor["names"])) if cursor else (-1, set[str]())
         rested = time.time_ns() - int(REST_S * 1e9)
         found = Found()
         for mtime, name, path in self._changed(at, named, rested):
-            candidate = Candidate(url=path.as_uri(), source=self.config.name, source_ref=name, discovered_at=now(), etag=str(mtime))
+            candidate = Candidate(url=path.as_uri(), source=self.name, source_ref=name, discovered_at=now(), etag=str(mtime))
             try:
                 candidate.to_json()
                 found.candidates.append(candidate)

@@ -1,4 +1,4 @@
-"""The role `connect`: every connector in turn, for ever.
+"""The role `connect`: every connector in a thread of its own (worker.py), for ever, as the book says (book.py).  Of each one, in turn:
 
   1. discover   the connector's next batch, from its cursor on
   2. append     the candidates, and dead letters of what is none
@@ -20,56 +20,89 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from ingest.connectors import book
 from ingest.connectors.base import Connector, Cursor, Found, dump, load
-from ingest.connectors.folder import FolderConnector
-from ingest.connectors.urls import UrlsConnector
+from ingest.connectors.configure import build
+from ingest.connectors.worker import STATES, Workers
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.config import Config, ConnectorConfig
-from streamlearn.contract.errors import Corrupt, Retryable
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SOURCE_STATE, EventLog, NewRecord
+from streamlearn.contract.errors import ConfigError, Corrupt, Retryable
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SOURCE_STATE, EventLog, NewRecord
 from streamlearn.contract.metrics import ConnectMetrics
 from streamlearn.contract.status import Heartbeat, now
 
+if TYPE_CHECKING:
+    from ingest.api import Server
+
+__all__ = ["Source", "build", "run_connect"]
 logger = logging.getLogger(__name__)
 Told = tuple[str, str, str | None]
 RENEW_S = 3600.0
+ROUND_S = 0.25  # between looks at the book
+END_S = 10.0  # for the threads to finish the batch at hand; one that is killed in it is mended at the next start
 
 
-def build(config: ConnectorConfig) -> Connector:
-    kinds: dict[str, type[FolderConnector] | type[UrlsConnector]] = {"folder": FolderConnector, "urls": UrlsConnector}
-    return kinds[config.kind](config)
-
-
-def run_connect(config: Config, log: EventLog, metrics: ConnectMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
-    """Discover until `stop`."""
-    connectors = {c.name: (c, build(c)) for c in config.connectors}
-    for _, connector in connectors.values():
-        connector.check()
-    for topic in (CANDIDATES, DEAD_LETTERS, SOURCE_STATE):
+def run_connect(
+    config: Config, log: EventLog, metrics: ConnectMetrics, heartbeat: Heartbeat, stop: threading.Event, *, token: str = ""
+) -> None:
+    """Discover until `stop`.  `token`: what the REST API asks for; empty: nothing.  Raises ConfigError for a port that is taken."""
+    for topic in (CANDIDATES, DEAD_LETTERS, SOURCE_STATE, CONNECTOR_CONFIGS):
         log.ensure_topic(topic, config.log.partitions)
-    sources = {name: Source(name, connector, log, metrics) for name, (_, connector) in connectors.items()}
-    due = dict.fromkeys(connectors, 0.0)
-    counts = dict.fromkeys(connectors, 0)
-    while not stop.is_set():
-        metrics.heartbeat.set_to_current_time()
-        for name, (settings, _) in connectors.items():
-            if time.monotonic() < due[name] or stop.is_set():
-                continue
+
+    def open_source(entry: book.Entry) -> Source:
+        connector = build(entry.config)
+        try:
+            connector.check()
+            log.ensure_topic(entry.config.dead_letter_topic, config.log.partitions)
+        except BaseException:
+            connector.close()
+            raise
+        return Source(entry.config.name, connector, log, metrics, errors=entry.config)
+
+    workers = Workers(open_source, metrics.failures.inc)
+    api = _serve(config, log, workers, token)
+    try:
+        while not stop.is_set():
+            metrics.heartbeat.set_to_current_time()
             try:
-                counts[name] += sources[name].poll(stop)
-            except Retryable as e:
-                logger.error("connector %s waits: %s", name, e)
-            due[name] = time.monotonic() + (settings.poll_s if settings.follow else 60.0)
-        heartbeat.beat(state="watching", sources=counts, candidates=sum(counts.values()))
-        stop.wait(min(0.25, *(c.poll_s for c, _ in connectors.values())) if connectors else 0.5)
+                wanted = book.entries(config, log)
+            except Retryable as e:  # they go on as they were told last
+                logger.error("the book of connectors cannot be read: %s", e)
+                stop.wait(e.after_s)
+                continue
+            workers.follow(wanted)
+            _tell_state(workers.states(wanted), metrics, heartbeat)
+            stop.wait(ROUND_S)
+    finally:
+        if api is not None:
+            api.close()
+        workers.end(END_S)
+
+
+def _serve(config: Config, log: EventLog, workers: Workers, token: str) -> "Server | None":
+    if not config.connect.rest_port:
+        return None
+    from ingest.api import Api, serve
+
+    return serve(Api(config, log, workers, token=token), config.connect)
+
+
+def _tell_state(states: dict[str, dict[str, object]], metrics: ConnectMetrics, heartbeat: Heartbeat) -> None:
+    for state in STATES:
+        metrics.connectors.labels(state).set(sum(status["state"] == state for status in states.values()))
+    counts = {name: int(str(status["candidates"])) for name, status in states.items()}
+    heartbeat.beat(state="watching", sources=counts, connectors=states, candidates=sum(counts.values()))
 
 
 class Source:
     """One connector and how far it has got."""
 
-    def __init__(self, name: str, connector: Connector, log: EventLog, metrics: ConnectMetrics):
+    def __init__(self, name: str, connector: Connector, log: EventLog, metrics: ConnectMetrics, *, errors: ConnectorConfig | None = None):
         self.name, self.connector, self.log, self.metrics = name, connector, log, metrics
+        self.errors = errors or ConnectorConfig.of(name, "any")  # what becomes of refused entries
+        self.appended = 0  # candidates
         self.cursor: Cursor | None = None
         self.ends: dict[int, int] = {}  # of the candidates' partitions, when the cursor was recorded
         self.told: set[Told] = set()  # beyond them: by an owner that died before it recorded its cursor
@@ -91,6 +124,9 @@ class Source:
             self._record()
         self.known = True
         return appended
+
+    def close(self) -> None:
+        self.connector.close()
 
     def _resume(self) -> None:
         state = load(self.log.latest(SOURCE_STATE, self.name.encode()))
@@ -115,19 +151,33 @@ class Source:
             at = records[-1].offset + 1
 
     def _tell(self, found: Found) -> int:
+        self._judge(found)
         new = [c for c in found.candidates if key_of(c) not in self.told]
         records = [NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in new]
         for where, what, why in found.refused:
             letter = {"origin": f"{self.name}: {where}", "url": what, "reason": "bad_url", "detail": why[:500], "at": now()}
-            records.append(NewRecord(DEAD_LETTERS, self.name.encode(), json.dumps(letter, ensure_ascii=False).encode()))
+            records.append(NewRecord(self.errors.dead_letter_topic, self.name.encode(), json.dumps(letter, ensure_ascii=False).encode()))
         places = self.log.append(records) if records else []
         for (partition, offset), _ in zip(places, new, strict=False):  # the candidates come first
             self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
         self.cursor = found.cursor
         self._record()
+        self.appended += len(new)
+        if found.settled is not None:
+            found.settled()
         self.metrics.candidates.inc(len(new))
         self.metrics.refused.inc(len(found.refused))
         return len(new)
+
+    def _judge(self, found: Found) -> None:
+        """Raises ConfigError for a refused entry where none is tolerated: before anything of its batch is appended."""
+        for where, what, why in found.refused if self.errors.errors_log else []:
+            logger.warning("connector %s refuses %s: %r: %s", self.name, where, what[:200], why)
+        if found.refused and self.errors.errors_tolerance == "none":
+            where, what, why = found.refused[0]
+            raise ConfigError(
+                f"connector {self.name}: {where}: {what[:200]!r}: {why}; errors_tolerance = 'none': mend the source and restart, or set 'all'"
+            )
 
     def _record(self) -> None:
         state = {"cursor": self.cursor, "ends": self.ends}

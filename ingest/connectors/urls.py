@@ -1,10 +1,13 @@
-"""A list of URLs: text (one a line, # comments), CSV with a header, or parquet.
+"""Lists of URLs: text (one a line, # comments), CSV with a header, or parquet: one file, a folder of parts, or a glob of them.
 
-The cursor is a byte of a text or CSV file, a row of a parquet.  With `follow`, a growing text or CSV file is read on; only whole
-lines count, so a line that is being written waits.  Columns `license` and `alt` (or `caption`, `text`) are taken along where they exist.
+The cursor is a byte of a text or CSV file; of parquet, the parts that are done, the one being read, and its row.  Parts are read in the
+order of their names, and one that is added later is read too, wherever its name stands.  With `follow`, a growing text or CSV file is read
+on; only whole lines count, so a line that is being written waits.  Columns of licence and caption are taken along where they exist, by the
+names that img2dataset, LAION, COYO and DataComp give them.
 """
 
 import csv
+import glob
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,64 +15,91 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from ingest.connectors.base import BATCH, Cursor, Found
+from ingest.connectors.base import BATCH, Cursor, Found, LocalPath
 from streamlearn.contract.candidate import Candidate
-from streamlearn.contract.config import ConnectorConfig
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.config import Section
+from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.status import now
 
-ALT = ("alt", "caption", "text", "TEXT")
+URL = ("url", "URL", "image_url", "img_url", "imageUrl", "IMAGE_URL", "photo_image_url")  # the first that is there
+ALT = ("alt", "TEXT", "caption", "text", "CAPTION", "alt_text")
+LICENSE = ("license", "LICENSE", "licence")
+MAX_PARTS = 4096  # the cursor names those that are done, and is one record of the log
+
+
+class UrlsOptions(Section):
+    """A list of URLs."""
+
+    path: LocalPath = Field(min_length=1, description="a .txt, .csv or .parquet file; a folder of parquet parts; a glob of them")
+    url_column: str = Field(default="", description="of CSV and parquet; empty: url, URL, image_url or another usual name")
+    follow: bool = Field(default=True, description="keep reading a list that grows; false: its last line may lack its end")
 
 
 class UrlsConnector:
-    def __init__(self, config: ConnectorConfig):
-        self.config, self.path = config, Path(config.path)
+    Options = UrlsOptions
+
+    def __init__(self, name: str, options: UrlsOptions):
+        self.name, self.options, self.path = name, options, Path(options.path)
+        self.lines = self.path.suffix.lower() in (".txt", ".csv") and not glob.has_magic(options.path)
 
     def check(self) -> None:
-        suffix = self.path.suffix.lower()
-        if suffix not in (".txt", ".csv", ".parquet"):
-            raise ConfigError(f"connector {self.config.name}: path = {self.config.path!r}: a list of URLs is .txt, .csv or .parquet")
-        if not self.path.exists():
-            if self.config.follow and suffix != ".parquet":
+        parts = [] if self.lines else list(self._parts().values())
+        if not self.lines and self.path.suffix.lower() != ".parquet" and not self.path.is_dir():
+            raise self._wrong("a list of URLs is .txt, .csv or .parquet, or a folder or glob of parquet files")
+        if len(parts) > MAX_PARTS:
+            raise self._wrong(f"{len(parts)} parts, over {MAX_PARTS}: give them to several connectors")
+        if not (self.path.exists() if self.lines else parts):
+            if self.options.follow and (self.lines or self.path.is_dir()):
                 return  # it may come yet
-            raise ConfigError(f"connector {self.config.name}: path = {self.config.path!r}: no such file")
-        columns = self._columns(suffix)
-        if columns is not None and self.config.url_column not in columns:
-            raise ConfigError(
-                f"connector {self.config.name}: {self.path}: no column {self.config.url_column!r}; there are {', '.join(columns)}; set url_column"
-            )
+            raise self._wrong("no such file")
+        first = self.path if self.lines else parts[0]
+        columns = self._columns(first)
+        if columns is not None and self._url_column(columns) is None:
+            wanted = repr(self.options.url_column) if self.options.url_column else f"of URLs ({', '.join(URL)})"
+            raise ConfigError(f"connector {self.name}: {first}: no column {wanted}; there are {', '.join(columns)}; set url_column")
 
     def discover(self, cursor: Cursor | None) -> Iterator[Found]:
-        if not self.path.exists():
-            return
-        if self.path.suffix.lower() == ".parquet":
-            yield from self._parquet(int(cursor["row"]) if cursor else 0)
-        else:
+        if not self.lines:
+            yield from self._all_parts(cursor or {})
+        elif self.path.exists():
             yield from self._lines(int(cursor["byte"]) if cursor else 0)
 
-    def _columns(self, suffix: str) -> list[str] | None:
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _wrong(self, why: str) -> ConfigError:
+        return ConfigError(f"connector {self.name}: path = {self.options.path!r}: {why}")
+
+    def _url_column(self, columns: list[str]) -> str | None:
+        return next((c for c in ([self.options.url_column] if self.options.url_column else URL) if c in columns), None)
+
+    def _columns(self, path: Path) -> list[str] | None:
+        """Raises ConfigError.  None: plain text has none."""
+        suffix = path.suffix.lower()
         if suffix == ".txt":
             return None
         try:
             if suffix == ".parquet":
-                return list(pq.read_schema(self.path).names)
-            with self.path.open(newline="", encoding="utf-8-sig") as f:
+                return list(pq.read_schema(path).names)
+            with path.open(newline="", encoding="utf-8-sig") as f:
                 return next(csv.reader(f), [])
         except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"connector {self.config.name}: {self.path}: cannot be read: {e}") from e
+            raise ConfigError(f"connector {self.name}: {path}: cannot be read: {e}") from e
 
     def _lines(self, start: int) -> Iterator[Found]:
-        columns = self._columns(self.path.suffix.lower())
+        columns = self._columns(self.path)
+        column = "url" if columns is None else self._url_column(columns)
         found = Found()
         with self.path.open("rb") as f:
             if columns is not None and start == 0:
                 f.readline()
             else:
                 f.seek(start)
-            while (raw := f.readline()).endswith(b"\n") or (raw and not self.config.follow):
+            while (raw := f.readline()).endswith(b"\n") or (raw and not self.options.follow):
                 at = f.tell()
-                self._line(raw, f"byte {at - len(raw)}", columns, found)
+                self._line(raw, f"byte {at - len(raw)}", columns, column, found)
                 found.cursor = {"byte": at}
                 if len(found) >= BATCH:
                     yield found
@@ -77,16 +107,56 @@ class UrlsConnector:
         if found.cursor:
             yield found
 
-    def _line(self, raw: bytes, where: str, columns: list[str] | None, found: Found) -> None:
+    def _line(self, raw: bytes, where: str, columns: list[str] | None, column: str | None, found: Found) -> None:
         text = raw.decode("utf-8", "replace").lstrip("\ufeff").strip()
         if not text or (columns is None and text.startswith("#")):
             return
         fields = {"url": text} if columns is None else dict(zip(columns, next(csv.reader([text]), []), strict=False))
-        self._add(fields, "url" if columns is None else self.config.url_column, where, found)
+        self._add(fields, column, where, found)
 
-    def _parquet(self, start: int) -> Iterator[Found]:
-        file = pq.ParquetFile(self.path)
-        wanted = [c for c in (self.config.url_column, "license", *ALT) if c in file.schema_arrow.names]
+    def _parts(self) -> dict[str, Path]:
+        """Name -> file, in the order of the names."""
+        if self.path.is_dir():
+            found = {p.relative_to(self.path): p for p in sorted(self.path.rglob("*.parquet")) if p.is_file()}
+            return {n.as_posix(): p for n, p in found.items() if not any(part[0] in "._" for part in n.parts)}  # Spark's unfinished ones
+        if self.path.is_file() or not glob.has_magic(self.options.path):
+            return {"": self.path} if self.path.is_file() else {}
+        named = sorted(p for p in glob.glob(self.options.path, recursive=True) if p.lower().endswith(".parquet"))  # noqa: PTH207
+        return {p: Path(p) for p in named}
+
+    def _all_parts(self, cursor: Cursor) -> Iterator[Found]:
+        """The part that was being read, then the others by name.  One that cannot be read is left for last, and for the next time."""
+        parts, done, unread = self._parts(), list(cursor.get("done", [])), list[str]()
+        begun = str(cursor.get("file", ""))
+        over = set(done)
+        for name in sorted((n for n in parts if n not in over), key=lambda n: (n != begun, n)):
+            start = int(cursor.get("row", 0)) if name == begun else 0
+            try:
+                with pq.ParquetFile(parts[name]) as file:
+                    rows = file.metadata.num_rows
+                    for found, row in self._rows(file, start, f"{name} row" if name else "row"):
+                        whole = name and row == rows
+                        found.cursor = (
+                            {"done": [*done, name]} if whole else {"done": done, "file": name, "row": row} if name else {"row": row}
+                        )
+                        yield found
+            except (pa.ArrowException, OSError, ConfigError) as e:
+                unread.append(f"{parts[name]}: {e}")
+                continue
+            if name:
+                done = [*done, name]
+                if start >= rows:  # nothing was left of it, or it is empty
+                    yield Found(cursor={"done": done})
+        if unread:
+            raise Retryable(f"connector {self.name}: cannot be read: {'; '.join(unread)}", after_s=10.0)
+
+    def _rows(self, file: pq.ParquetFile, start: int, place: str) -> Iterator[tuple[Found, int]]:
+        """Batches from a row on, each with the row after it."""
+        columns = list(file.schema_arrow.names)
+        column = self._url_column(columns)
+        if column is None:
+            raise ConfigError(f"no column of URLs; there are {', '.join(columns)}")
+        wanted = [c for c in dict.fromkeys((column, *LICENSE, *ALT)) if c in columns]
         row = 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
@@ -96,19 +166,18 @@ class UrlsConnector:
                 for begin in range(0, len(rows), BATCH):
                     found = Found()
                     for i, fields in enumerate(rows[begin : begin + BATCH]):
-                        self._add(fields, self.config.url_column, f"row {at + begin + i}", found)
-                    found.cursor = {"row": at + min(begin + BATCH, len(rows))}
-                    yield found
+                        self._add(fields, column, f"{place} {at + begin + i}", found)
+                    yield found, at + min(begin + BATCH, len(rows))
             row += count
 
-    def _add(self, fields: Mapping[str, Any], column: str, where: str, found: Found) -> None:
-        url = str(fields.get(column) or "").strip()
+    def _add(self, fields: Mapping[str, Any], column: str | None, where: str, found: Found) -> None:
+        url = str(fields.get(column or "") or "").strip()
         alt = next((str(fields[c]) for c in ALT if fields.get(c)), None)
-        license_ = str(fields["license"]) if fields.get("license") else None
+        license_ = next((str(fields[c]) for c in LICENSE if fields.get(c) and fields[c] != "?"), None)  # LAION writes ? for unknown
         try:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise ValueError("not an http or https URL")
-            candidate = Candidate(url=url, source=self.config.name, source_ref=where, discovered_at=now(), license=license_, alt=alt)
+            candidate = Candidate(url=url, source=self.name, source_ref=where, discovered_at=now(), license=license_, alt=alt)
             candidate.to_json()
         except ValueError as e:
             found.refused.append((where, url[:500], str(e)))

@@ -1,11 +1,12 @@
 """Fetch one image, safely and politely.  What can go wrong, and who acts:
 
+* Unchanged      a value: a refresh heard 304, what is stored is what is there
 * Refused        a value: counted, dead-lettered, the offset moves on (ingest.fetch.screen.Reason)
 * Unanswered     a value: every quick try failed in a way that may pass (5xx, 429, resets, time-outs, DNS), or it is not this host's turn,
                  or its robots.txt cannot be had: deferred to a retry topic
 * anything else  a bug: the process ends with its traceback and is restarted
 
-Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint), then its origin's robots.txt (robots.py), then a turn
+Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint; denied.py), then its origin's robots.txt (robots.py), then a turn
 is taken with its host (hosts.py), then it is asked for; the answer's headers may opt out (optout.py) before its body is read.
 
 Caps on connect time, total time, redirects, bytes; addresses checked on the socket (guard.py), for robots.txt too;
@@ -13,25 +14,27 @@ one TLS context and one connection pool for the process; no proxies, no cookies,
 """
 
 import asyncio
+import hashlib
 import re
-import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
-import aiohttp
 from yarl import URL
 
+from ingest.denied import Denied
 from ingest.fetch import optout, robots
-from ingest.fetch.guard import MARK, Guard, complaint
+from ingest.fetch.guard import AddressRefused, Guard, complaint
 from ingest.fetch.hosts import Busy, Hosts, Turn, host_of, retry_after_s
 from ingest.fetch.screen import Reason, Refused, Seen, screen
-from streamlearn.contract.candidate import Candidate
+from ingest.fetch.transport import Answer, BadUrl, Broken, Transport
+from streamlearn.contract.candidate import REFRESH, Candidate
 from streamlearn.contract.config import FetchConfig
+from streamlearn.contract.errors import Retryable
 from streamlearn.contract.status import now
 
 CHUNK = 2**16  # bytes
@@ -39,7 +42,7 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _MAY_PASS = {408, 425, 429, 500, 502, 503, 504}
 _NAMES_A_TIME = {429, 503}  # with Retry-After: for the whole host
 _ROBOTS_REDIRECTS = 5  # RFC 9309, 2.3.1.2
-_ROBOTS_HEADERS = {"Accept": "text/plain, */*;q=0.5", "Accept-Encoding": "identity"}
+_SMALL_TALK = 2**16  # bytes of a page that says no, read so that its connection can be used again
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.I | re.A)  # or an IPv6 literal
 T = TypeVar("T")
 
@@ -53,6 +56,11 @@ class Fetched:
     http_status: int = 0
     etag: str = ""
     last_modified: str = ""
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """HTTP 304 to a refresh."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,15 @@ class _Left:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Wanted(Generic[T]):
+    """What is asked for, how much of the body is wanted, and what is made of it."""
+
+    headers: dict[str, str]
+    cap: Callable[[Answer], int]
+    read: Callable[[Answer], T]
+
+
 class _Again(Exception):
     """This try failed in a way that may pass."""
 
@@ -91,11 +108,13 @@ class _Again(Exception):
 class Client:
     """One per process.  Use as an async context."""
 
-    def __init__(self, config: FetchConfig, folders: tuple[Path, ...] = ()):
+    def __init__(self, config: FetchConfig, folders: Callable[[], tuple[Path, ...]] = tuple):
+        """`folders` tells, resolved, what `file:` candidates may name; asked again where one names something else.  May raise Retryable."""
         self.config, self.guard = config, Guard(config.allow_networks)
-        self.folders = tuple(folder.resolve() for folder in folders)  # what `file:` candidates may name
+        self._folders, self.folders = folders, folders()
         self.token = robots.product_token(config.user_agent)
         self.hosts = Hosts(config)
+        self.denied = Denied()  # what was taken down; whoever owns us replaces it
         self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
         self.robots = robots.Robots(
             self._robots_txt,
@@ -106,31 +125,28 @@ class Client:
         )
 
     async def __aenter__(self) -> "Client":
-        connector = aiohttp.TCPConnector(
-            limit=self.config.concurrency,
-            ssl=ssl.create_default_context(),  # one for all: building it costs tens of milliseconds
-            socket_factory=self.guard.socket_factory(),
-            ttl_dns_cache=60,
-        )
-        timeout = aiohttp.ClientTimeout(total=self.config.total_timeout_s, sock_connect=self.config.connect_timeout_s)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=timeout,
-            trust_env=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": self.config.user_agent, "Accept": "image/*"},
-            auto_decompress=False,  # images are not compressed in transit; a gzip bomb is then just a small non-image
-            max_line_size=16384,
-            max_field_size=16384,
+        self._transport = Transport(
+            self.guard,
+            user_agent=self.config.user_agent,
+            connect_timeout_s=self.config.connect_timeout_s,
+            connections=self.config.concurrency,
         )
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.robots.close()
-        await self._session.close()
+        await self._transport.close()
 
-    async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered:
+    async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
         """The image of a candidate, or why there is none."""
+        if self.denied.url(candidate.url):
+            return _taken_down()
+        found = await self._fetch(candidate)
+        if isinstance(found, Fetched) and self.denied and self.denied.image(hashlib.sha256(found.body).hexdigest()):
+            return _taken_down()
+        return found
+
+    async def _fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
         if candidate.url.startswith("file:"):
             return await asyncio.to_thread(self._read_file, candidate.url)
         answer = Unanswered("")
@@ -138,23 +154,25 @@ class Client:
             if attempt:
                 await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
             try:
-                return await self._try(candidate.url)
+                return await self._try(candidate.url, _validators(candidate))
             except _Again as e:
                 answer = Unanswered(str(e), e.after_s, e.asked or attempt > 0)
                 if e.after_s:
                     break  # it was said when to come back: no quick tries before that
         return answer
 
-    async def _try(self, url: str) -> Fetched | Refused:
-        left, at = _Left(self.config.total_timeout_s), _address(url)
+    async def _try(self, url: str, validators: dict[str, str]) -> Fetched | Refused | Unchanged:
+        left, at, wanted = _Left(self.config.total_timeout_s), _address(url), self._wanted(validators)
         for hop in range(self.config.max_redirects + 1):
             if isinstance(at, str):
                 return Refused(Reason.BAD_URL, f"{at} (after a redirect)" if hop else at)
+            if self.denied.url(str(at)):
+                return _taken_down()
             delay_s = await self._permission(at)
             if isinstance(delay_s, Refused):
                 return delay_s
-            found = await self._request(at, delay_s, left, self._image)
-            if isinstance(found, Refused):
+            found = await self._request(at, delay_s, left, wanted)
+            if isinstance(found, Refused | Unchanged):
                 return found
             if isinstance(found, _Body):  # looked at after the turn: the host need not wait for our processor
                 seen = await self._screen(found.data)
@@ -178,75 +196,79 @@ class Client:
             return Refused(Reason.CRAWL_DELAY, f"{delay_s:g} s between requests, over {self.config.max_crawl_delay_s:g}")
         return delay_s
 
-    async def _request(
-        self,
-        url: URL,
-        delay_s: float | None,
-        left: _Left,
-        read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
-        headers: dict[str, str] | None = None,
-    ) -> T | Refused:
-        """One request, in its host's turn, and what `read` makes of the answer.  Raises _Again."""
+    async def _request(self, url: URL, delay_s: float | None, left: _Left, wanted: "_Wanted[T]") -> T | Refused:
+        """One request, in its host's turn, and what is made of the answer.  Raises _Again."""
         turn = await self.hosts.turn(host_of(url), delay_s)
         if isinstance(turn, Busy):
             raise _Again(turn.why, turn.after_s, asked=False)
-        began = time.monotonic()
         with turn:
-            try:
-                async with (
-                    self.room,
-                    asyncio.timeout(max(0.001, left.seconds)),
-                    self._session.get(url, allow_redirects=False, headers=headers) as answer,
-                ):
-                    self._raise_if_it_may_pass(answer, turn)
-                    found = await read(answer)
-                    turn.ok = answer.status < 500
-                    return found
-            except TimeoutError:
-                turn.ok = False
-                raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
-            except (aiohttp.ClientError, OSError) as e:
-                detail = str(e).encode(errors="backslashreplace").decode()  # servers' words may hold what no file can
-                if MARK in detail:
-                    return Refused(Reason.ADDRESS, detail[detail.index(MARK) :])
-                if isinstance(e, aiohttp.InvalidURL):
-                    return Refused(Reason.BAD_URL, detail)
-                turn.ok = False
-                raise _Again(f"{type(e).__name__}: {detail}") from e
-            finally:
-                left.seconds -= time.monotonic() - began
+            async with self.room:
+                began = time.monotonic()
+                try:
+                    async with asyncio.timeout(max(0.001, left.seconds)):
+                        answer = await self._transport.get(str(url), wanted.headers, cap=wanted.cap)
+                except TimeoutError:
+                    turn.ok = False
+                    raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
+                except AddressRefused as e:
+                    return Refused(Reason.ADDRESS, str(e.strerror))
+                except BadUrl as e:
+                    return Refused(Reason.BAD_URL, str(e))
+                except Broken as e:
+                    turn.ok = False
+                    raise _Again(str(e)) from e
+                finally:
+                    left.seconds -= time.monotonic() - began
+            self._raise_if_it_may_pass(answer, turn)
+            turn.ok = answer.status < 500
+        return wanted.read(answer)
 
-    def _raise_if_it_may_pass(self, answer: aiohttp.ClientResponse, turn: Turn) -> None:
+    def _raise_if_it_may_pass(self, answer: Answer, turn: Turn) -> None:
         if answer.status not in _MAY_PASS:
             return
         turn.ok = False
-        after_s = retry_after_s(answer.headers.get("Retry-After", ""), time.time())
+        after_s = retry_after_s(answer.headers.get("retry-after"), time.time())
         if after_s and answer.status in _NAMES_A_TIME:
             self.hosts.hold(turn.name, after_s)  # before the turn ends: nobody slips in between
         raise _Again(f"HTTP {answer.status}", after_s)
 
-    async def _image(self, answer: aiohttp.ClientResponse) -> _Body | Refused | str:
+    def _wanted(self, conditions: dict[str, str]) -> "_Wanted[_Body | Refused | Unchanged | str]":
+        """An image; where there are conditions, only if it has changed."""
+
+        def read(answer: Answer) -> _Body | Refused | Unchanged | str:
+            return Unchanged() if answer.status == 304 and conditions else self._image(answer)
+
+        return _Wanted({"Accept": "image/*"} | conditions, self._image_cap, read)
+
+    def _image_cap(self, answer: Answer) -> int:
+        """Bytes of the body to take."""
+        if answer.status != 200:
+            return _SMALL_TALK
+        return 0 if self._opted_out(answer) or answer.length > self.config.max_bytes else self.config.max_bytes
+
+    def _image(self, answer: Answer) -> _Body | Refused | str:
         """The body of an answer, a refusal, or where it redirects to."""
-        if answer.status in _REDIRECTS and "Location" in answer.headers:
-            return answer.headers["Location"]
+        if target := _redirect(answer):
+            return target
         if answer.status != 200:
             return Refused(Reason.GONE, f"HTTP {answer.status}", answer.status)
-        if why := optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex):
-            answer.close()
+        if why := self._opted_out(answer):
             return Refused(Reason.OPT_OUT, why, 200)
-        if (answer.content_length or 0) > self.config.max_bytes:
-            return Refused(Reason.TOO_LARGE, f"{answer.content_length} bytes announced, over {self.config.max_bytes}", 200)
-        body = await _capped(answer, self.config.max_bytes)
-        if len(body) > self.config.max_bytes:  # whatever was announced
+        if answer.length > self.config.max_bytes:
+            return Refused(Reason.TOO_LARGE, f"{answer.length} bytes announced, over {self.config.max_bytes}", 200)
+        if answer.cut:  # whatever was announced
             return Refused(Reason.TOO_LARGE, f"over {self.config.max_bytes} bytes", 200)
-        return _Body(body, _told(answer, "ETag", 256), _told(answer, "Last-Modified", 64))
+        return _Body(answer.body, answer.headers.get("etag")[:256], answer.headers.get("last-modified")[:64])
+
+    def _opted_out(self, answer: Answer) -> str:
+        return optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex)
 
     async def _robots_txt(self, url: URL) -> robots.Page:
         """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request."""
         left = _Left(self.config.total_timeout_s)
         try:
             for _ in range(_ROBOTS_REDIRECTS + 1):
-                found = await self._request(url, None, left, _page, _ROBOTS_HEADERS)
+                found = await self._request(url, None, left, _ROBOTS)
                 if isinstance(found, Refused):  # by our guard: its URLs will be refused with the same reason, without an answer of theirs
                     return robots.Page(403, detail=found.detail, passing=True)
                 if isinstance(found, robots.Page):
@@ -265,13 +287,19 @@ class Client:
             return screen(body, **caps)  # a thread's hand-over costs more than a small image
         return await asyncio.to_thread(screen, body, **caps)
 
+    def _is_watched(self, real: Path) -> bool:
+        """A connector that was made since we started may watch it."""
+        if not any(real.is_relative_to(folder) for folder in self.folders):
+            self.folders = self._folders()
+        return any(real.is_relative_to(folder) for folder in self.folders)
+
     def _read_file(self, url: str) -> Fetched | Refused | Unanswered:
         """A `file:` candidate, only from a watched folder; symbolic links are followed before they are judged."""
         parts = urlsplit(url)
         path = Path(unquote(parts.path))
         try:
             real = path.resolve(strict=True)
-            if parts.netloc or not any(real.is_relative_to(folder) for folder in self.folders):
+            if parts.netloc or not self._is_watched(real):
                 return Refused(Reason.OUTSIDE, f"{path} is in none of the watched folders")
             if not real.is_file():
                 return Refused(Reason.NOT_AN_IMAGE, f"{path} is not a plain file")
@@ -281,12 +309,25 @@ class Client:
             return Refused(Reason.GONE, f"{path} is not there any more")
         except (ValueError, RuntimeError) as e:  # a NUL in the name; links that go round
             return Refused(Reason.BAD_URL, f"{url[:200]!a}: {e}")
-        except OSError as e:
+        except (OSError, Retryable) as e:
             return Unanswered(f"{path}: {e}")
         if len(body) > self.config.max_bytes:
             return Refused(Reason.TOO_LARGE, f"{path}: over {self.config.max_bytes} bytes")
         seen = screen(body, max_pixels=self.config.max_pixels, min_side=self.config.min_side)
         return seen if isinstance(seen, Refused) else Fetched(body, seen, url, now())
+
+
+def _taken_down() -> Refused:
+    return Refused(Reason.TAKEN_DOWN, "")  # not a word of what it was
+
+
+def _validators(candidate: Candidate) -> dict[str, str]:
+    """The headers that ask for an image only if it is another than the one that is stored."""
+    if candidate.purpose != REFRESH:
+        return {}
+    told = {"If-None-Match": candidate.etag, "If-Modified-Since": candidate.last_modified}
+    # what a server once told may be no header that can be sent: then it is asked without
+    return {name: value for name, value in told.items() if value and value.isascii() and value.isprintable()}
 
 
 def _address(url: str, base: URL | None = None) -> URL | str:
@@ -303,27 +344,23 @@ def _address(url: str, base: URL | None = None) -> URL | str:
         return f"not a URL: {str(e)!a}"
 
 
-async def _page(answer: aiohttp.ClientResponse) -> robots.Page | str:
+def _redirect(answer: Answer) -> str:
+    """Where an answer sends us; empty if nowhere."""
+    return answer.headers.get("location") if answer.status in _REDIRECTS else ""
+
+
+def _page(answer: Answer) -> robots.Page | str:
     """A robots.txt, or where it redirects to."""
-    if answer.status in _REDIRECTS and "Location" in answer.headers:
-        return answer.headers["Location"]
+    if target := _redirect(answer):
+        return target
     if not 200 <= answer.status < 300:
         return robots.Page(answer.status, detail=f"HTTP {answer.status}")
-    aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("Cache-Control", "").lower(), re.ASCII)
-    return robots.Page(answer.status, await _capped(answer, robots.BODY_BYTES), float(aged.group(1)) if aged else None)
+    aged = re.search(r"(?:^|[\s,])max-age=\"?(\d{1,9})", answer.headers.get("cache-control").lower(), re.ASCII)
+    return robots.Page(answer.status, answer.body, float(aged.group(1)) if aged else None)
 
 
-def _told(answer: aiohttp.ClientResponse, header: str, most: int) -> str:
-    """A header as text that every file can hold; aiohttp smuggles bytes that are no UTF-8 through as surrogates."""
-    return answer.headers.get(header, "").encode(errors="replace").decode()[:most]
-
-
-async def _capped(answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The body; once it is over `limit` the connection is closed, and what came so far is returned."""
-    body = bytearray()
-    async for chunk in answer.content.iter_chunked(CHUNK):
-        body += chunk
-        if len(body) > limit:
-            answer.close()
-            break
-    return bytes(body)
+_ROBOTS = _Wanted(
+    {"Accept": "text/plain, */*;q=0.5", "Accept-Encoding": "identity"},
+    lambda answer: robots.BODY_BYTES if 200 <= answer.status < 300 else _SMALL_TALK,
+    _page,
+)

@@ -5,9 +5,7 @@ by any spelling of a number, by a redirect, or by a name that changes its answer
 is what is looked at.
 """
 
-import errno
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
@@ -48,18 +46,6 @@ class Guard:
     def allows(self, host: str) -> bool:
         address = ip_address(host.partition("%")[0])  # a scoped address is judged without its scope
         return is_public(address) or any(address in network for network in self.allow if network.version == address.version)
-
-    def socket_factory(self) -> Callable[[tuple[int, int, int, str, tuple[str, int]]], socket.socket]:
-        """For aiohttp.TCPConnector: called with the very address that is about to be connected."""
-
-        def make(info: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
-            if not self.allows(info[4][0]):
-                raise AddressRefused(errno.EACCES, f"{MARK}: {info[4][0]} is not a public address")
-            made = socket.socket(info[0], info[1], info[2])
-            made.setblocking(False)
-            return made
-
-        return make
 
 
 def complaint(url: str) -> str:

@@ -123,6 +123,9 @@ class Lane:
     async def _seal(self) -> None:
         unit = self.unit
         assert unit is not None
+        if unit.holds(self.client.denied):  # taken down since it was fetched: the offsets are fetched again, and it is refused
+            await self._restart()
+            return
         while True:
             try:
                 async with self.fetcher.sealing:

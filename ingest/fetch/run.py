@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ingest.connectors.book import watched
+from ingest.denied import Denied
 from ingest.fetch.client import Client
 from ingest.fetch.lane import Lane
 from ingest.pack import Packer, Unit, group_of
@@ -25,7 +27,16 @@ from streamlearn.contract import durable
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import Retryable, StoreFull
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SHARDS, EventLog, Subscription, retry_topic
+from streamlearn.contract.event_log import (
+    CANDIDATES,
+    CONNECTOR_CONFIGS,
+    DEAD_LETTERS,
+    SHARDS,
+    TAKEDOWNS,
+    EventLog,
+    Subscription,
+    retry_topic,
+)
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import REJECTED, Outcome
@@ -33,6 +44,7 @@ from streamlearn.contract.status import Heartbeat, now
 
 WATCH_S = 0.25  # between looks at what is ours
 LAG_S = 1.0  # between measurements of the lag
+DENIED_S = 2.0  # between looks at what was taken down
 KEEP_S = 5.0  # between writings of what hosts asked for: a kill forgets no more than that
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -85,15 +97,15 @@ class Fetcher:
         shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
         self.spool.mkdir(parents=True)
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
-        for topic in [*topics, DEAD_LETTERS, SHARDS]:
+        for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
-        folders = tuple(Path(c.path) for c in self.config.connectors if c.kind == "folder")
         rows = self.catalog.rows()
         self.before = (len(rows), sum(row.num_samples for row in rows))
         subscription = self.log.subscribe(group_of(self.log), topics)
         try:
-            async with Client(self.config.fetch, folders) as client:
+            async with Client(self.config.fetch, lambda: watched(self.config, self.log)) as client:
                 client.hosts.restore(_json(self.hosts_file))
+                client.denied = Denied(await self.read(self.log.table, TAKEDOWNS))  # before anything is asked for
                 await self._work(client, subscription, stop)
                 self._write(client.hosts.export())
         finally:
@@ -102,7 +114,7 @@ class Fetcher:
 
     async def _work(self, client: Client, subscription: Subscription, stop: threading.Event) -> None:
         """Keep a lane for each partition we own.  A lane ends by itself only by a bug: let it be seen."""
-        helpers = [asyncio.create_task(self._measure()), asyncio.create_task(self._keep(client))]
+        helpers = [asyncio.create_task(self._measure()), asyncio.create_task(self._keep(client)), asyncio.create_task(self._heed(client))]
         try:
             while not stop.is_set():
                 self._share_out(client, subscription.owned())
@@ -155,6 +167,13 @@ class Fetcher:
     async def read(self, call: Callable[..., T], *arguments: object) -> T:
         """Ask the log in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self.reader, call, *arguments)
+
+    async def _heed(self, client: Client) -> None:
+        """What was taken down is not asked for any more, and what is on its way is not kept."""
+        while True:
+            await asyncio.sleep(DENIED_S)
+            with contextlib.suppress(Retryable):  # the lanes say so themselves
+                client.denied = Denied(await self.read(self.log.table, TAKEDOWNS))
 
     async def _keep(self, client: Client) -> None:
         """What hosts asked for outlives this process."""

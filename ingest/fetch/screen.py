@@ -9,7 +9,9 @@ from enum import StrEnum
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-SMALL = 256 * 256  # px; images up to this are decoded whole, larger ones only when their end looks wrong
+SMALL = 256 * 256  # px; images up to this are decoded; larger JPEGs only when their end looks wrong, at an eighth of their size
+MAX_SCANS = 64  # of a JPEG; a progressive one has about ten, and each may cost a pass over all pixels
+TAIL = 1024  # bytes in which a file's end is looked for: some tools append to it
 _FAULTS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, TypeError, IndexError)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -36,6 +38,7 @@ class Reason(StrEnum):
     ROBOTS = "robots_txt"  # its robots.txt disallows the URL, or a hop on the way
     CRAWL_DELAY = "crawl_delay"  # the host asks for longer between requests than fetch.max_crawl_delay_s
     OPT_OUT = "opt_out"  # its headers say not to learn from it
+    TAKEN_DOWN = "taken_down"  # someone had it taken down (ingest/takedown.py)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,13 @@ def screen(body: bytes, *, max_pixels: int, min_side: int) -> Seen | Refused:
     if min(width, height) < min_side:
         return Refused(Reason.TOO_SMALL, f"{width} x {height} px, a side under {min_side}")
     if frames > 1:
-        return Refused(Reason.ANIMATED, f"{ext} of {frames} frames")
-    if width * height <= SMALL or not ends_well(body, ext):
+        return Refused(Reason.ANIMATED, f"{ext} of several frames")
+    if ext == "jpg" and (scans := body.count(b"\xff\xda")) > MAX_SCANS:
+        return Refused(Reason.CORRUPT, f"{scans} scans, over {MAX_SCANS}")
+    well = ends_well(body, ext)
+    if width * height > SMALL and ext != "jpg" and not well:  # decoding would take its full size in memory to tell us the same
+        return Refused(Reason.TRUNCATED, f"{ext} without its end")
+    if width * height <= SMALL or not well:
         return _decoded(body, ext) or Seen(ext, width, height)
     return Seen(ext, width, height)
 
@@ -92,14 +100,14 @@ def sniff(body: bytes) -> str | None:
 
 
 def header(body: bytes, ext: str) -> tuple[int, int, int]:
-    """(width, height, frames) without decoding pixels."""
+    """(width, height, 1 or 2 for several frames) without decoding pixels, and without counting a million frames."""
     if ext == "jpg":
         height, width, _, _ = simplejpeg.decode_jpeg_header(body)
         return width, height, 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap is ours, and comes next
         with Image.open(io.BytesIO(body), formats=[{"png": "PNG", "webp": "WEBP", "gif": "GIF"}[ext]]) as image:
-            return image.width, image.height, int(getattr(image, "n_frames", 1))
+            return image.width, image.height, 2 if getattr(image, "is_animated", False) else 1
 
 
 def ends_well(body: bytes, ext: str) -> bool:
@@ -107,10 +115,10 @@ def ends_well(body: bytes, ext: str) -> bool:
     if ext == "jpg":
         return body.endswith(b"\xff\xd9")
     if ext == "png":
-        return body[-8:-4] == b"IEND"
+        return b"IEND" in body[-TAIL:]
     if ext == "webp":
         return len(body) >= 8 + int.from_bytes(body[4:8], "little")
-    return body.endswith(b";")
+    return b";" in body[-TAIL:]
 
 
 def _decoded(body: bytes, ext: str) -> Refused | None:

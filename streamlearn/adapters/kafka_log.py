@@ -24,9 +24,8 @@ from streamlearn.adapters.kafka_client import calm, connection_settings, transla
 from streamlearn.adapters.kafka_group import Group
 from streamlearn.contract.config import KafkaConfig
 from streamlearn.contract.errors import ConfigError, NotFound, OffsetGap, Retryable, Stuck
-from streamlearn.contract.event_log import SOURCE_STATE, NewRecord, Record, Subscription, partition_of
+from streamlearn.contract.event_log import COMPACTED, NewRecord, Record, Subscription, partition_of
 
-COMPACTED = {SOURCE_STATE}
 STALE_S = 0.1  # for so long the end of a partition is believed; it decides only whether there is something to wait for
 EVERYTHING = 10**9  # records
 FETCH = 2**18  # bytes of one partition in one fetch: some hundred candidates
@@ -249,15 +248,21 @@ class KafkaLog:
         raise Retryable(f"Kafka ({self._where}): no broker tells the offsets of {sorted(places)}", after_s=1.0)
 
     def latest(self, topic: str, key: bytes) -> bytes | None:
-        """Reads on from where it stood, so a second look costs only what is new."""
-        partition = partition_of(key, self.partitions(topic))
         with self._reading:
-            at, values = self._newest.setdefault((topic, partition), (self.bounds(topic, partition)[0], {}))
-            while records := self.read(topic, partition, at, 1000):
-                values |= {r.key: r.value for r in records}
-                at = records[-1].offset + 1
-            self._newest[topic, partition] = (at, values)
-        return values.get(key)
+            return self._up_to_date(topic, partition_of(key, self.partitions(topic))).get(key)
+
+    def table(self, topic: str) -> dict[bytes, bytes]:
+        with self._reading:
+            return {k: v for p in range(self.partitions(topic)) for k, v in self._up_to_date(topic, p).items()}
+
+    def _up_to_date(self, topic: str, partition: int) -> dict[bytes, bytes]:
+        """Reads on from where it stood, so a second look costs only what is new."""
+        at, values = self._newest.setdefault((topic, partition), (self.bounds(topic, partition)[0], {}))
+        while records := self.read(topic, partition, at, 1000):
+            values |= {r.key: r.value for r in records}
+            at = records[-1].offset + 1
+        self._newest[topic, partition] = (at, values)
+        return values
 
     def trim(self, topic: str, partition: int, before: int) -> int:
         first, end = self.bounds(topic, partition)

@@ -43,7 +43,7 @@ from streamlearn.contract.object_store import check_key, is_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
 MAX_PARTS = 10_000  # of one upload, S3's limit
 MAX_CONNECTIONS = 64  # kept open by one store; the fetcher's packers and the loader's readers share it
@@ -126,12 +126,10 @@ class S3Store:
             raise durable.translate(e, path) from e
 
     def size(self, key: str) -> int:
-        try:
-            with self._errors("size", key):
-                return self._client.head_object(Bucket=self.config.bucket, Key=self._key(key))["ContentLength"]
-        except NotFound:
-            self._look_for_bucket()
-            raise
+        return self._head("size", key)["ContentLength"]
+
+    def modified(self, key: str) -> float:
+        return self._head("modified", key)["LastModified"].timestamp()
 
     def list(self, prefix: str) -> list[str]:
         with self._errors("list", prefix):
@@ -149,6 +147,14 @@ class S3Store:
 
     def _errors(self, operation: str, key: str) -> AbstractContextManager[None]:
         return translated(self.place, operation, key)
+
+    def _head(self, operation: str, key: str) -> "HeadObjectOutputTypeDef":
+        try:
+            with self._errors(operation, key):
+                return self._client.head_object(Bucket=self.config.bucket, Key=self._key(key))
+        except NotFound:
+            self._look_for_bucket()
+            raise
 
     def _writer(self, key: str) -> str | None:
         """The nonce of whoever wrote the object; empty where `put` did, None where there is no object."""

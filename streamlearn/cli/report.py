@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from streamlearn.cli.roles import Home
 from streamlearn.contract.config_file import from_json
 from streamlearn.contract.errors import ConfigError
 
@@ -18,4 +19,5 @@ def report(home: Path, out: Path | None) -> None:
     path = home / "config.json"
     if not path.exists():
         raise ConfigError(f"{home}: no loop has run here; `streamlearn up --home {home}` starts one")
-    click.echo(str(build_report(home, from_json(path.read_text(), where=str(path)), out or home / "report.html")))
+    config = from_json(path.read_text(), where=str(path))
+    click.echo(str(build_report(home, config, Home(home, config).store(), out or home / "report.html")))

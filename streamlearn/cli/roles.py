@@ -3,15 +3,15 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
+from streamlearn.cli.health import serve
 from streamlearn.contract import config_file, metrics
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
@@ -60,16 +60,19 @@ class Home:
 
 @click.command()
 @click.argument("name", type=click.Choice(ROLES))
-@click.option("--home", "folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
-def role(name: str, folder: Path) -> None:
-    """Run one role of the loop whose configuration lies in HOME/config.json."""
+@click.option(
+    "--home", "folder", type=click.Path(path_type=Path, file_okay=False), required=True, help="The role's own state: spool, caches, status."
+)
+@click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file.  [default: HOME/config.json, as `up` writes it]")
+def role(name: str, folder: Path, file: Path | None) -> None:
+    """Run one role of the loop: what `up` starts for each, and what a container runs."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     code = 0
     try:
-        _run(name, folder.resolve(), stop)
+        _run(name, folder.resolve(), file, stop)
     except ConfigError as e:
         click.echo(f"error: {e}", err=True)
         code = 2
@@ -83,32 +86,27 @@ def role(name: str, folder: Path) -> None:
     os._exit(code)
 
 
-def _run(name: str, folder: Path, stop: threading.Event) -> None:
-    path = folder / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it")
-    config = config_file.from_json(path.read_text(), where=str(path))
+def _run(name: str, folder: Path, file: Path | None, stop: threading.Event) -> None:
+    config = _config(folder, file)
     registry = CollectorRegistry()
     heartbeat = Heartbeat(folder, name)
-    heartbeat.beat(metrics_port=_serve_metrics(config, name, registry), state="starting", force=True)
+    port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
+    heartbeat.beat(metrics_port=serve(port, registry, heartbeat), state="starting", force=True)
     {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
         config, Home(folder, config), registry, heartbeat, stop
     )
     heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
 
 
-def _serve_metrics(config: Config, name: str, registry: CollectorRegistry) -> int:
-    """/metrics on the loopback interface; the port."""
-    port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
-    try:
-        server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
-    except OSError as e:
-        raise ConfigError(
-            f"metrics_port = {config.metrics_port}: port {port} for {name} is taken ({e}); choose another, or 0 for any"
-        ) from e
-    address = server.socket.getsockname()
-    assert server.socket.family == socket.AF_INET
-    return int(address[1])
+def _config(folder: Path, file: Path | None) -> Config:
+    if file is not None:
+        config = config_file.load(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        return config.model_copy(update={"home": str(folder)})
+    path = folder / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it, or name a TOML file with --config")
+    return config_file.from_json(path.read_text(), where=str(path))
 
 
 def _demo(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
@@ -120,7 +118,8 @@ def _demo(config: Config, home: Home, registry: CollectorRegistry, heartbeat: He
 def _connect(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from ingest.connectors.run import run_connect
 
-    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop)
+    token = os.environ.get("STREAMLEARN_REST_TOKEN", "")
+    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop, token=token)
 
 
 def _fetch(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:

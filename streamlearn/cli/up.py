@@ -20,7 +20,7 @@ from streamlearn import view
 from streamlearn.contract import durable
 from streamlearn.contract.config import BankConfig, Config, ConnectorConfig
 from streamlearn.contract.config_file import from_json, load
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.status import read_status
 from streamlearn.supervise import RoleSpec, exclusive, supervise
 
@@ -83,7 +83,7 @@ def _resolve(
             raise ConfigError("--config names its sources itself; leave out --demo, --images and --urls")
         config = load(file, overrides=overrides)
         folder = (home or file.parent / config.home).resolve()
-        config = _absolute(config, file.parent)
+        config = _absolute(config, file)
     else:
         folder = (home or Path(".streamlearn")).resolve()
         config = load(None, base=_preset(demo, images, urls, folder), overrides=overrides)
@@ -106,30 +106,33 @@ def _preset(demo: bool, images: Path | None, urls: Path | None, folder: Path) ->
     if images:
         if not images.is_dir():
             raise ConfigError(f"--images {images}: no such folder")
-        sources.append(ConnectorConfig(name="images", kind="folder", path=str(images.resolve())))
+        sources.append(ConnectorConfig.of("images", "folder", path=str(images.resolve())))
     if urls:
         if not urls.exists():
             raise ConfigError(f"--urls {urls}: no such file")
-        sources.append(ConnectorConfig(name="urls", kind="urls", path=str(urls.resolve())))
+        sources.append(ConnectorConfig.of("urls", "urls", path=str(urls.resolve())))
     from streamlearn.cli.sizes import recipe_for
 
     return recipe_for(images, SMALL_PX).model_copy(update={"connectors": tuple(sources)})
 
 
-def _absolute(config: Config, folder: Path) -> Config:
+def _absolute(config: Config, file: Path) -> Config:
     """Relative paths are relative to the file that holds them."""
+    from ingest.connectors.configure import absolute, build
 
     def at(path: str) -> str:
-        return str((folder / path).resolve()) if path else ""
+        return str((file.parent / path).resolve()) if path else ""
 
-    connectors = tuple(c.model_copy(update={"path": at(c.path)}) for c in config.connectors)
+    for connector in config.connectors:
+        build(connector, str(file))  # here its complaints can name the file
+    connectors = tuple(absolute(c, file.parent.resolve()) for c in config.connectors)
     banks = tuple(b.model_copy(update={"train": at(b.train), "test": at(b.test)}) for b in config.probe.banks)
     return config.model_copy(update={"connectors": connectors, "probe": config.probe.model_copy(update={"banks": banks})})
 
 
 def _prepare(config: Config, folder: Path) -> None:
     """Everything that can be found wrong is found wrong here, before anything is started or overwritten."""
-    from ingest.connectors.run import build
+    from ingest.connectors.configure import prove
     from streamlearn.learn.backbones import names
 
     if config.model.backbone not in names():
@@ -142,7 +145,10 @@ def _prepare(config: Config, folder: Path) -> None:
 
         write_banks(folder, world_of(config))
     for connector in config.connectors:
-        build(connector).check()
+        try:
+            prove(connector)
+        except Retryable as e:
+            logger.warning("%s; it is tried again while the loop runs", e)
     from streamlearn.probes.evaluator import check_banks
 
     check_banks(config)

@@ -11,6 +11,7 @@ from streamlearn.contract.errors import Corrupt
 
 SCHEMA = 1
 MAX_BYTES = 8192  # as a connector tells it
+REFRESH = "refresh"  # the purpose of asking again for what is stored
 ROOM = 1024  # bytes that a retry may add to it
 
 
@@ -25,6 +26,7 @@ class Candidate:
     purpose: str = "new"  # new | refresh
     etag: str | None = None
     last_modified: str | None = None
+    sha256: str = ""  # of the bytes that are stored, for a refresh
     attempt: int = 0  # times asked for in vain so far
     waits: int = 0  # times put off without being asked for: it was not the host's turn
     not_before: float | None = None  # unix seconds; a retry waits until then

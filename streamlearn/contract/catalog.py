@@ -17,16 +17,31 @@ Killed after   what is left                        who mends it
 A zombie that read its position before another committed the same offsets loses at 3: Delta refuses concurrent changes of one
 application transaction, and it raises Fenced.  A reply lost at 3 is resolved by reading back: if the positions have moved to
 our ends and the rows are ours, the commit is ours.
+
+Replacing (compaction, expiry, takedown) is one commit too: the old rows change their status and the new ones appear.  It moves no position.
+
+  1. read     the old rows; each must be live, else it is done already (these very new rows stand in its place), or Conflict
+  2. write    parquet files: the old rows with their new status, the new rows, and what shared a file with them
+  3. put      _delta_log/<version>.json, if absent, which swaps the files                      <- THE COMMIT POINT
+
+Killed after   what is left                        who mends it
+  1            nothing
+  2            parquet files no version names      vacuum
+  3            nothing: it is committed            the same call again finds it done
+
+Whoever loses 3 to another writer looks again from 1, so neither an append nor a replacement is lost or doubled.  A replacing row covers the
+same offsets and holds the same samples in the same order, less those that the old row lists in `removed`: so where any sample went can be
+followed through `replaces` (stream/moved.py), and coverage stays whole.  It inherits `committed` and `place`, its place in the order of
+learning; `changed` is the version in which a row took its present status, and is what followers ask for.
 """
 
-import dataclasses
 import logging
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, QueryBuilder, Transaction, write_deltalake
@@ -34,6 +49,25 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from streamlearn.contract import durable
 from streamlearn.contract.errors import Corrupt, Fenced, Retryable, StoreFull
+from streamlearn.contract.shard_rows import (
+    EXPIRED,
+    FIELDS,
+    LIVE,
+    REPLACED,
+    SCHEMA,
+    TAKEN_DOWN,
+    Advance,
+    Changes,
+    ShardRow,
+    checked_key,
+    columns,
+    conserved,
+    in_place_of,
+    replaced,
+)
+from streamlearn.contract.status import now
+
+__all__ = ["EXPIRED", "LIVE", "REPLACED", "TAKEN_DOWN", "Advance", "Catalog", "Changes", "DeltaCatalog", "ShardRow"]
 
 CHECKPOINT_EVERY = 100
 # how delta-rs words what the store answered or the network did
@@ -41,34 +75,6 @@ _OUT_OF_REACH = ("Generic S3 error", "lacked the necessary privileges", "valid a
 _DECORATION = re.compile(r"\x1b\[\d*m|↳")
 _FULL = ("No space left", "os error 28", "os error 122")
 logger = logging.getLogger("streamlearn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRow:
-    key: str
-    sha256: str
-    bytes: int
-    num_samples: int  # stored images; 0 where every offset of the range ended otherwise
-    topic: str
-    partition: int
-    first_offset: int
-    end_offset: int  # one past the last
-    first_fetched_at: str  # RFC 3339 UTC; empty when nothing was fetched
-    last_fetched_at: str
-    day: str  # YYYY-MM-DD
-    generation: str = ""  # the quarter it was cut into, once it was
-    status: str = "live"
-    replaces: str = ""
-
-
-@dataclass(frozen=True)
-class Advance:
-    """A partition's position moves from `start` to `end`."""
-
-    topic: str
-    partition: int
-    start: int
-    end: int
 
 
 class Catalog(Protocol):
@@ -81,16 +87,34 @@ class Catalog(Protocol):
     def follow(self, after: int) -> tuple[int, list[ShardRow]]:
         """(newest version, rows added in versions above `after` in commit order).  `after` = -1: all."""
 
+    def changes(self, after: int) -> Changes:
+        """As follow, with the rows that ceased to be live: both of one version, so a range is never seen uncovered.  `after` = -1: all."""
+
     def rows(self) -> list[ShardRow]:
         """The live rows in commit order."""
+
+    def history(self) -> list[ShardRow]:
+        """All rows there ever were, in commit order."""
+
+    def replace(
+        self,
+        old_keys: Sequence[str],
+        new_rows: Sequence[ShardRow],
+        *,
+        status: str = REPLACED,
+        note: str = "",
+        removed: Mapping[str, Sequence[int]] | None = None,
+    ) -> int:
+        """End the old rows with `status` and put the new ones in their place, in one commit; the new version.
+
+        `removed`: old key -> indices of its samples that are in no new row.  Done already is done.  Raises Conflict when an old row is no
+        longer live, StoreFull, ValueError where the new rows (if any) do not cover the same offsets with the other samples.
+        """
 
     def version(self) -> int: ...
 
 
-_TYPES = {int: pa.int64(), str: pa.string()}
-_FIELDS = [(f.name, _TYPES[int if f.type in (int, "int") else str]) for f in dataclasses.fields(ShardRow)]
-# `committed` orders rows: by the version that added them, then by their place in the commit
-SCHEMA = pa.schema([*_FIELDS, ("committed", pa.int64()), ("place", pa.int64())])
+_LATER = {"removed": "''", "ended_at": "''", "note": "''", "changed": "committed"}  # columns that older tables lack: what stands for them
 
 
 class DeltaCatalog:
@@ -112,13 +136,33 @@ class DeltaCatalog:
         return self.follow(-1)[1]
 
     def follow(self, after: int) -> tuple[int, list[ShardRow]]:
+        return self._newer(after, f"status = '{LIVE}'")
+
+    def changes(self, after: int) -> Changes:
+        version, rows = self._newer(after, "true")
+        return Changes(version, [r for r in rows if r.status == LIVE], [r for r in rows if r.status != LIVE])
+
+    def history(self) -> list[ShardRow]:
+        return self._newer(-1, "true")[1]
+
+    def _newer(self, after: int, where: str) -> tuple[int, list[ShardRow]]:
+        """(newest version, rows that changed in versions above `after`)."""
         table = self._open()
         if table is None:
             return -1, []
         if table.version() <= after:
             return table.version(), []
-        names = ", ".join(name for name, _ in _FIELDS)
-        sql = f"SELECT {names} FROM shards WHERE committed > {int(after)} AND status = 'live' ORDER BY committed, place"
+        return table.version(), self._select(table, f"changed > {int(after)} AND {where}")
+
+    def _select(self, table: DeltaTable, where: str) -> list[ShardRow]:
+        there = {f.name for f in table.schema().fields}
+        wanted = ", ".join(
+            f"{f'COALESCE({n}, {_LATER[n]})' if n in there else _LATER[n]} AS {n}" if n in _LATER else n for n in SCHEMA.names
+        )
+        names = ", ".join(name for name, _ in FIELDS)
+        # of rows in one place, the older before what replaced it
+        order = "committed, place, first_offset, changed, status = 'live', key"
+        sql = f"SELECT {names} FROM (SELECT {wanted} FROM shards) WHERE {where} ORDER BY {order}"
         try:
             # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
             # nor delta-rs's own read_all: it keeps the interpreter lock while it waits for S3; pyarrow lets go of it
@@ -127,20 +171,52 @@ class DeltaCatalog:
             raise self._out_of_reach(e) or Corrupt(
                 f"{self.uri}: the table names a file that cannot be read: {_first_line(e)}; restore the folder from a backup"
             ) from e
-        return table.version(), [ShardRow(**row) for row in found.to_pylist()]
+        return [ShardRow(**row) for row in found.to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
         if len({(a.topic, a.partition) for a in advances}) != len(advances):
             raise ValueError("a commit moves each partition once")
+        return self._committed(
+            lambda table, lost: self._settled(table, rows, advances, lost), lambda table: self._write(table, rows, advances)
+        )
+
+    def replace(
+        self,
+        old_keys: Sequence[str],
+        new_rows: Sequence[ShardRow],
+        *,
+        status: str = REPLACED,
+        note: str = "",
+        removed: Mapping[str, Sequence[int]] | None = None,
+    ) -> int:
+        if not old_keys or status == LIVE:
+            raise ValueError("a replacement ends at least one row")
+        keys, at = ", ".join(f"'{k}'" for k in {*old_keys, *(r.key for r in new_rows)} if checked_key(k)), now()
+
+        def known(table: DeltaTable) -> dict[str, ShardRow]:
+            return {r.key: r for r in self._select(table, f"key IN ({keys})")}
+
+        def write(table: DeltaTable) -> None:
+            was = known(table)
+            old = [was[k] for k in old_keys]
+            conserved(old, new_rows, removed or {})
+            gone = {k: ",".join(str(i) for i in sorted(v)) for k, v in (removed or {}).items()}
+            ended = [replace(r, status=status, ended_at=at, note=note, removed=gone.get(r.key, "")) for r in old]
+            self._swap(table, [*ended, *(in_place_of(r, was) for r in new_rows)])
+
+        return self._committed(lambda table, _: replaced(self.uri, known(table), old_keys, new_rows, status), write)
+
+    def _committed(self, settled: Callable[[DeltaTable, bool], bool], write: Callable[[DeltaTable], None]) -> int:
+        """Steps 1 to 4, until the commit is in."""
         lost = False  # whether an earlier attempt ended without a clear reply
         for attempt in range(self.attempts):
             table = self._open() or self._create()
-            if self._settled(table, rows, advances, lost):
+            if settled(table, lost):
                 return table.version()
             try:
-                self._write(table, rows, advances)
+                write(table)
             except CommitFailedError:
-                lost = True  # someone was first, perhaps we ourselves: the next look at the positions tells
+                lost = True  # someone was first, perhaps we ourselves: the next look tells
                 time.sleep(0.01 * (attempt + 1))
             except (DeltaError, OSError) as e:
                 if any(sign in str(e) for sign in _FULL):
@@ -162,7 +238,7 @@ class DeltaCatalog:
         if all(p == a.start for p, a in zip(at, advances, strict=True)):
             return False
         if lost and all(p == a.end for p, a in zip(at, advances, strict=True)):
-            known = {row.key for row in self.rows()}
+            known = {row.key for row in self.history()}  # they may have been replaced since
             if all(row.key in known for row in rows):
                 return True
         moved = ", ".join(f"{a.topic}/{a.partition} is at {p}, not {a.start}" for p, a in zip(at, advances, strict=True) if p != a.start)
@@ -170,12 +246,24 @@ class DeltaCatalog:
 
     def _write(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> None:
         version = table.version() + 1
-        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name, _ in _FIELDS}
-        columns |= {"committed": [version] * len(rows), "place": list(range(len(rows)))}
+        data = columns([replace(row, committed=version, place=i) for i, row in enumerate(rows)], version)
         moves = [Transaction(self._app(a.topic, a.partition), a.end) for a in advances]
         # no blind retries inside delta-rs: each attempt must look at the positions, and `committed` must be its own version
         properties = CommitProperties(app_transactions=moves, max_commit_retries=0)
-        write_deltalake(table, pa.table(columns, schema=SCHEMA), mode="append", commit_properties=properties)
+        write_deltalake(table, data, mode="append", schema_mode="merge", commit_properties=properties)
+        table.update_incremental()
+
+    def _swap(self, table: DeltaTable, rows: Sequence[ShardRow]) -> None:
+        """Step 3 of replacing: rows whose key is known are changed, the others appear."""
+        merge = table.merge(
+            columns(rows, table.version() + 1),
+            "old.key = new.key",
+            source_alias="new",
+            target_alias="old",
+            merge_schema=True,
+            commit_properties=CommitProperties(max_commit_retries=0),
+        )
+        merge.when_matched_update_all().when_not_matched_insert_all().execute()
         table.update_incremental()
 
     def _tidy(self, table: DeltaTable) -> None:
@@ -194,7 +282,10 @@ class DeltaCatalog:
         return f"ingest/{self.log_id}/{topic}/{partition}"
 
     def _position(self, table: DeltaTable, topic: str, partition: int) -> int:
-        return table.transaction_version(self._app(topic, partition)) or 0
+        try:
+            return table.transaction_version(self._app(topic, partition)) or 0
+        except (DeltaError, OSError) as e:  # delta-rs reads the log once more to tell it
+            raise self._out_of_reach(e) or e from e
 
     def _open(self) -> DeltaTable | None:
         try:

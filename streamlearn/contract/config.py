@@ -6,10 +6,11 @@ Nothing is ever written back: derived values are properties.  The resolved confi
 import hashlib
 import json
 from ipaddress import ip_network
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -20,14 +21,55 @@ class Section(BaseModel):
 
 
 class ConnectorConfig(Section):
-    """A source of candidates."""
+    """A source of candidates.  The class's own options stand flat beside these keys (docs/connectors.md)."""
+
+    model_config = ConfigDict(extra="allow")  # the options: whoever looks at the connector validates them by its class
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # names its cursor: keep it
-    kind: Literal["folder", "urls"]  # a watched folder of images; a list of URLs
-    path: str  # the watched folder, or the list of URLs (.txt .csv .parquet)
-    url_column: str = "url"  # csv and parquet
-    follow: bool = True  # keep watching for new files or lines; false: read once, then idle
+    kind: str = Field(alias="class", min_length=1)  # `streamlearn connectors list --plugins` names them
+    tasks_max: int = Field(default=1, ge=1)  # threads; only 1 for a class that does not split its work
+    errors_tolerance: Literal["none", "all"] = "all"  # none: a refused entry fails the connector; all: it is a dead letter, and on it goes
+    errors_retry_delay_max_s: float = Field(default=60.0, gt=0)  # between tries after a fault; begins at half a second and doubles
+    errors_log: bool = False  # say each refused entry in the role's log too
+    dead_letter_topic: str = Field(default="dead-letters", pattern=r"^[A-Za-z0-9._-]{1,200}$")  # where refused entries go
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the source
+
+    @field_validator("dead_letter_topic")
+    @classmethod
+    def _not_ours(cls, value: str) -> str:
+        if value in OURS or value.startswith("retry."):
+            raise ValueError("this topic holds other things; name another, such as dead-letters")
+        return value
+
+    @classmethod
+    def of(cls, name: str, kind: str, **settings: Any) -> Self:
+        """The same from code, where `class` is no name.  Raises pydantic's ValidationError."""
+        return cls.model_validate({"name": name, "class": kind} | settings)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the class is to validate."""
+        return dict(self.model_extra or {})
+
+    def with_options(self, **options: Any) -> Self:
+        return self.model_validate(self.given() | options)
+
+    def given(self) -> dict[str, Any]:
+        """As the user wrote it: without defaults."""
+        own = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items() if name in self.model_fields_set}
+        return own | self.options
+
+    @model_serializer(mode="plain")
+    def plain(self) -> dict[str, Any]:
+        """As the file may have it, whole: `class`, and the options flat."""
+        return {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()} | self.options
+
+
+class ConnectConfig(Section):
+    """The role that runs the connectors, and its REST API (docs/connectors.md)."""
+
+    rest_port: int = Field(default=0, ge=0, le=65535)  # 0: no REST API
+    rest_host: str = "127.0.0.1"  # any but a loopback address needs a token in the environment variable STREAMLEARN_REST_TOKEN
 
 
 class KafkaConfig(Section):
@@ -148,6 +190,14 @@ class ShardConfig(Section):
     max_bytes: int = Field(default=256 * 2**20, ge=2**16)  # of images
     max_samples: int = Field(default=4096, ge=1)  # offsets, whatever their outcome
     max_age_s: float = Field(default=300.0, gt=0)  # since its first record: a slow stream still reaches the learner
+
+
+class DatasetConfig(Section):
+    """How long images are kept, and what `streamlearn dataset` does about it."""
+
+    window_days: float = Field(default=90.0, gt=0)  # since a shard's last image was fetched; then `expire` ends it
+    grace_days: float = Field(default=7.0, ge=0)  # from a shard's end to the deletion of its objects: learners may be reading them
+    refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
 
 
 class CropConfig(Section):
@@ -303,10 +353,12 @@ class Config(Section):
     home: str = ".streamlearn"  # the folder of all state; `--home` wins
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
     connectors: tuple[ConnectorConfig, ...] = ()
+    connect: ConnectConfig = ConnectConfig()
     log: LogConfig = LogConfig()
     store: StoreConfig = StoreConfig()
     fetch: FetchConfig = FetchConfig()
     shard: ShardConfig = ShardConfig()
+    dataset: DatasetConfig = DatasetConfig()
     stream: StreamConfig = StreamConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

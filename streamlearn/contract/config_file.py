@@ -10,9 +10,9 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -21,6 +21,7 @@ from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError
 
 ENV_PREFIX = "STREAMLEARN__"
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(
@@ -56,11 +57,29 @@ def load(
 
 def validate(raw: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> Config:
     """A Config from plain values; lists stand where TOML and JSON have no tuples."""
+    return section(Config, raw, where=where, origins=origins)
+
+
+def section(
+    model: type[Model], raw: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None, also: Sequence[str] = ()
+) -> Model:
+    """Any frozen model from plain values.  `also` are keys that are known beside it, for the suggestions.
+
+    Raises ConfigError with all complaints, each naming `where` (or its origin), key, value and remedy.
+    """
     try:
-        return Config.model_validate(_tuples(raw, Config))
+        return model.model_validate(_tuples(raw, model))
     except ValidationError as e:
-        lines = [_complaint(error, where, origins or {}) for error in e.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(_complaint(error, model, where, origins or {}, also) for error in e.errors())) from None
+
+
+def complaints(model: type[BaseModel], raw: Mapping[str, Any], *, also: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What `section` would complain of: (first part of the key, complaint)."""
+    try:
+        model.model_validate(_tuples(raw, model))
+    except ValidationError as e:
+        return [(str(error["loc"][0]) if error["loc"] else "", _complaint(error, model, "", {}, also)[2:]) for error in e.errors()]
+    return []
 
 
 def from_json(data: str, *, where: str) -> Config:
@@ -104,13 +123,14 @@ def _tuples(value: Any, want: Any) -> Any:
     return value
 
 
-def _complaint(error: ErrorDetails, where: str, origins: Mapping[str, str]) -> str:
+def _complaint(error: ErrorDetails, root: type[BaseModel], where: str, origins: Mapping[str, str], also: Sequence[str]) -> str:
     loc = [str(part) for part in error["loc"]]
     key = ".".join(loc)
     place = origins.get(key, where)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _keys(loc[:-1]), n=1)
-        hint = f"; did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"; known here: {', '.join(_keys(loc[:-1]))}"
+        known = _keys(root, loc[:-1]) + ([] if loc[1:] else list(also))
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        hint = f"; did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"; known here: {', '.join(known)}"
         return f"{place}: {key}: no such key{hint}"
     if error["type"] == "missing":
         return f"{place}: {key}: required, and has no default"
@@ -120,9 +140,9 @@ def _complaint(error: ErrorDetails, where: str, origins: Mapping[str, str]) -> s
     return f"{place}: {key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _keys(loc: list[str]) -> list[str]:
+def _keys(root: Any, loc: list[str]) -> list[str]:
     """The keys that exist at a place, for the suggestion."""
-    model: Any = Config
+    model = root
     for part in loc:
         if part.isdigit():
             continue
@@ -130,4 +150,4 @@ def _keys(loc: list[str]) -> list[str]:
         while typing.get_args(want):
             want = typing.get_args(want)[0]
         model = want
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

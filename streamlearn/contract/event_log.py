@@ -18,7 +18,11 @@ from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, OffsetGa
 CANDIDATES = "candidates"
 DEAD_LETTERS = "dead-letters"
 SOURCE_STATE = "source-state"
+TAKEDOWNS = "takedowns"  # selector -> what must not be learnt from, and what was done about it; compacted
+CONNECTOR_CONFIGS = "connector-configs"  # connectors made at run time, and what they are to do (ingest/connectors/book.py)
 SHARDS = "shards"  # a hint that the catalog grew; never the truth
+COMPACTED = frozenset({SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS})  # the newest value of each key is what they hold
+OURS = frozenset({CANDIDATES, SHARDS, *COMPACTED})  # what is in them is read by us: nobody else's records belong there
 
 
 def retry_topic(index: int) -> str:
@@ -84,6 +88,9 @@ class EventLog(Protocol):
     def latest(self, topic: str, key: bytes) -> bytes | None:
         """The newest value of a key: how compacted topics are read."""
 
+    def table(self, topic: str) -> dict[bytes, bytes]:
+        """The newest value of every key of a compacted topic.  Raises NotFound."""
+
     def trim(self, topic: str, partition: int, before: int) -> int:
         """Drop records below `before`; the number dropped."""
 
@@ -148,7 +155,6 @@ CREATE TABLE IF NOT EXISTS records (
 CREATE TABLE IF NOT EXISTS latest (topic TEXT, key BLOB, value BLOB, PRIMARY KEY (topic, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS groups (grp TEXT, topic TEXT, part INTEGER, off INTEGER, PRIMARY KEY (grp, topic, part)) WITHOUT ROWID;
 """
-_COMPACTED = {SOURCE_STATE}
 
 
 class SqliteLog:
@@ -206,9 +212,9 @@ class SqliteLog:
                 ends[r.topic, p] = offset + 1
                 positions.append((p, offset))
                 rows.append((r.topic, p, offset, stamp, r.key, r.value))
-            kept = [row for row in rows if row[0] not in _COMPACTED]  # of a compacted topic only the newest value is kept
+            kept = [row for row in rows if row[0] not in COMPACTED]  # of a compacted topic only the newest value is kept
             self._db.executemany("INSERT INTO records VALUES (?,?,?,?,?,?)", kept)
-            newest = [(r.topic, r.key, r.value) for r, _ in placed if r.topic in _COMPACTED]
+            newest = [(r.topic, r.key, r.value) for r, _ in placed if r.topic in COMPACTED]
             self._db.executemany("INSERT OR REPLACE INTO latest VALUES (?,?,?)", newest)
             self._db.executemany("UPDATE ends SET end=? WHERE topic=? AND part=?", [(e, t, p) for (t, p), e in ends.items()])
         return positions
@@ -240,11 +246,15 @@ class SqliteLog:
         return None if row is None else int(row[0])
 
     def latest(self, topic: str, key: bytes) -> bytes | None:
-        if topic in _COMPACTED:
+        if topic in COMPACTED:
             row = self._one("SELECT value FROM latest WHERE topic=? AND key=?", topic, key)
         else:
             row = self._one("SELECT value FROM records WHERE topic=? AND key=? ORDER BY ts DESC, off DESC LIMIT 1", topic, key)
         return None if row is None else bytes(row[0])
+
+    def table(self, topic: str) -> dict[bytes, bytes]:
+        self.partitions(topic)
+        return {bytes(key): bytes(value) for key, value in self._all("SELECT key, value FROM latest WHERE topic=?", topic)}
 
     def trim(self, topic: str, partition: int, before: int) -> int:
         with self._lock, self._transaction():
@@ -269,7 +279,7 @@ class SqliteLog:
                 raise self._translate(e) from e
             return row
 
-    def _all(self, sql: str, *values: object) -> list[tuple[int, bytes, bytes, int]]:
+    def _all(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()

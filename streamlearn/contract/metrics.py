@@ -12,6 +12,8 @@ class ConnectMetrics:
     def __init__(self, registry: CollectorRegistry):
         self.candidates = Counter("connect_candidates", "Candidates appended to the log", registry=registry)
         self.refused = Counter("connect_refused", "Entries of a source that are no candidates, dead-lettered", registry=registry)
+        self.connectors = Gauge("connect_connectors", "Connectors by state", ["state"], registry=registry)
+        self.failures = Counter("connect_failures", "Times a connector went to FAILED", registry=registry)
         self.heartbeat = Gauge("connect_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
 
 
@@ -53,6 +55,7 @@ class LearnerMetrics:
         self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
+        self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
         self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
         self.checkpoint_failures = Counter("learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry)
         self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)

@@ -30,6 +30,9 @@ class ObjectStore(Protocol):
 
     def size(self, key: str) -> int: ...
 
+    def modified(self, key: str) -> float:
+        """When the object was last put, in unix seconds by the store's own clock: every put makes it young again.  Raises NotFound."""
+
     def list(self, prefix: str) -> list[str]:
         """Keys that start with `prefix`, sorted.  A key is listed only once `get` returns it whole."""
 
@@ -103,6 +106,12 @@ class FolderStore:
     def size(self, key: str) -> int:
         try:
             return self._path(key).stat().st_size
+        except FileNotFoundError:
+            raise NotFound(f"{self.root}: no object {key}") from None
+
+    def modified(self, key: str) -> float:
+        try:
+            return self._path(key).stat().st_mtime
         except FileNotFoundError:
             raise NotFound(f"{self.root}: no object {key}") from None
 

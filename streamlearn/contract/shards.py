@@ -136,7 +136,7 @@ def write_sidecar(path: Path, outcomes: Sequence[Outcome]) -> None:
     """One row per offset, in offset order."""
     columns = {f.name: [getattr(o, f.name) for o in outcomes] for f in dataclasses.fields(Outcome)}
     try:
-        pq.write_table(pa.table(columns, schema=SIDECAR_SCHEMA), path, compression="zstd", write_statistics=True)
+        pq.write_table(pa.table(columns, schema=SIDECAR_SCHEMA), path, compression="zstd", write_statistics=True, write_page_checksum=True)
     except OSError as e:
         raise durable.translate(e, path) from e
 

@@ -27,11 +27,12 @@ class Heartbeat:
         self.role, self.period_s = role, period_s
         self._status, self._history = home / "status" / f"{role}.json", home / "history" / f"{role}.jsonl"
         self._values: dict[str, Any] = {}
-        self._last = 0.0
+        self._last = self._spoke = time.monotonic() - period_s
 
     def beat(self, *, force: bool = False, **values: Any) -> None:
         """Merge `values` into what is known and write it, at most every `period_s` seconds unless forced."""
         self._values |= values
+        self._spoke = time.monotonic()
         if not force and time.monotonic() - self._last < self.period_s:
             return
         self._last = time.monotonic()
@@ -45,6 +46,10 @@ class Heartbeat:
         except OSError as e:
             if not isinstance(durable.translate(e, self._status), StoreFull):
                 raise
+
+    def said(self) -> tuple[dict[str, Any], float]:
+        """The last words, and seconds since."""
+        return dict(self._values), time.monotonic() - self._spoke
 
     def history(self, **values: Any) -> None:
         """Append one measurement."""

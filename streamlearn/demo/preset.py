@@ -25,7 +25,7 @@ def demo_config(home: Path) -> Config:
     demo = home / "demo"
     return Config(
         home=str(home),
-        connectors=(ConnectorConfig(name="demo-world", kind="urls", path=str(demo / "urls.txt"), poll_s=0.5),),
+        connectors=(ConnectorConfig.of("demo-world", "urls", path=str(demo / "urls.txt"), poll_s=0.5),),
         fetch=FetchConfig(
             allow_networks=("127.0.0.0/8",),
             concurrency=16,

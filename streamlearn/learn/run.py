@@ -292,6 +292,7 @@ class Recorder:
         counters = self.stream.counters()
         self.metrics.corrupt.inc(counters.get("corrupt", 0) - self.corrupt)
         self.corrupt = counters.get("corrupt", 0)
+        self.metrics.unseen.set(counters.get("expired_unseen", 0))
         spent = time.monotonic() - self.began
         self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))
         self.heart.beat(wait_share=round(self.wait_s / max(spent, 1e-9), 3), stream=counters, **rounded)

@@ -16,8 +16,9 @@ from streamlearn import view
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.errors import Corrupt
-from streamlearn.contract.shards import index_shard
+from streamlearn.contract.errors import Corrupt, NotFound, Retryable
+from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.shards import STORED, read_sidecar, sidecar_key
 from streamlearn.report import plots
 from streamlearn.stream.decode import decode
 
@@ -37,7 +38,7 @@ th:first-child,td:first-child{text-align:left}code{font-size:.85em}.row{display:
 """
 
 
-def build_report(home: Path, config: Config, out: Path) -> Path:
+def build_report(home: Path, config: Config, store: ObjectStore, out: Path) -> Path:
     """Write the page from what the roles have told so far."""
     found = view.overview(home)
     train = _last_by_step(line for line in read_lines(home / "history" / "train.jsonl") if "lr" in line and "event" not in line)
@@ -49,7 +50,7 @@ def build_report(home: Path, config: Config, out: Path) -> Path:
         _alarms(found["curve"], train),
         _intake(home, found),
         _snapshots(found["curve"]),
-        _gallery(home),
+        _gallery(home, store),
     ]
     name = html.escape(config.train.name)
     head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>{name}</title>"
@@ -154,7 +155,7 @@ def _snapshots(curve: Sequence[dict[str, Any]]) -> str:
     return _section("Snapshots", f"<table>{head}{''.join(rows)}</table>" if rows else "<p>None measured yet.</p>")
 
 
-def _gallery(home: Path) -> str:
+def _gallery(home: Path, store: ObjectStore) -> str:
     title, note = "What some prototypes stand for", "For each, the most typical of a sample of the images learnt."
     path = home / "history" / "gallery.json"
     if not path.exists():
@@ -162,20 +163,19 @@ def _gallery(home: Path) -> str:
     raw = json.loads(path.read_text())
     rows = []
     for prototype in raw["prototypes"]:
-        images = "".join(f'<img alt="" src="{src}">' for ref in prototype["refs"] if (src := _thumbnail(home / "store", ref)))
+        images = "".join(f'<img alt="" src="{src}">' for ref in prototype["refs"] if (src := _thumbnail(store, ref)))
         rows.append(f"<div class=row><span class=soft>no. {prototype['id']}<br>{prototype['use']} images</span>{images}</div>")
     return _section(title, "".join(rows), f"{note} Step {raw['step']:,}.")
 
 
-def _thumbnail(store: Path, ref: str) -> str:
+def _thumbnail(store: ObjectStore, ref: str) -> str:
     """A data URL; empty where the image has gone or cannot be read."""
     name, _, index = ref.rpartition("#")
     try:
-        sample = index_shard(store / name)[int(index)]
-        with (store / name).open("rb") as f:
-            f.seek(sample.start)
-            image = Image.fromarray(decode(f.read(sample.size)))
-    except (FileNotFoundError, Corrupt, IndexError):
+        rows = read_sidecar(store.get(sidecar_key(name))).to_pylist()
+        sample = [row for row in rows if row["outcome"] == STORED][int(index)]
+        image = Image.fromarray(decode(store.get_range(name, sample["member_offset"], sample["member_size"])))
+    except (NotFound, Corrupt, Retryable, IndexError):
         return ""
     image.thumbnail((2 * THUMB, 2 * THUMB))
     buffer = io.BytesIO()

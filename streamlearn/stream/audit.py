@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.object_store import ObjectStore
-from streamlearn.stream.plan import Position, Round, finished, order
+from streamlearn.stream.plan import Position, Round, begun, finished, order
 
 
 @dataclass
@@ -26,6 +26,7 @@ def audit(config: StreamConfig, store: ObjectStore, state: Mapping[str, Any]) ->
     while position.round < end.round or (position.round == end.round and end.place):
         round_ = Round.from_json(store.get(f"rounds/{position.round:08d}.json"), f"round {position.round}")
         names |= {s.number: s.key for s in round_.shards}
+        position = begun(position, round_)
         slots = order(config.seed, round_, position.reservoir)
         batches = end.place if position.round == end.round else round_.batches
         for (shard, index), fresh in zip(slots.refs_N2[: batches * round_.batch].tolist(), slots.fresh_N.tolist(), strict=False):
@@ -33,5 +34,5 @@ def audit(config: StreamConfig, store: ObjectStore, state: Mapping[str, Any]) ->
         learnt.batches += batches
         if position.round == end.round:
             break
-        position = finished(replace(position, record=round_))
+        position = finished(position)
     return learnt

@@ -41,6 +41,13 @@ class ShardCache:
         self._known.move_to_end(key)
         return self._known[key]
 
+    def purge(self, digests: Collection[str]) -> None:
+        """Drop the copies of shards that are no longer live, by their digests, whichever process made them."""
+        gone = {path for path in self.folder.glob("*.tar") if path.stem in set(digests)}
+        self._known = OrderedDict((key, known) for key, known in self._known.items() if known[0] not in gone)
+        for path in gone:
+            self._drop(path)
+
     def _download(self, key: str, sha256: str, path: Path, pinned: Collection[str]) -> None:
         self._make_room(self.store.size(key), pinned)
         staged = path.with_name(f".{path.name}")

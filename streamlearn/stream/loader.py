@@ -2,8 +2,14 @@
 
 Specs of batches are pure values, handed out in order and collected in order; a worker that dies costs its work, not its place: the pool is
 made anew and the outstanding specs are handed out again.
+
+A shard may be rewritten or taken down at any time.  The catalog is looked at before every round and every few seconds in between; what is
+seen to have ended leaves the local cache at once, and batches that were made ahead from it are dropped and made again: their samples are
+read from where they lie now, and slots whose sample is gone go to replay.  So nothing that was taken down is delivered once that is seen.
 """
 
+import contextlib
+import math
 import os
 import threading
 import time
@@ -18,20 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import StreamConfig
-from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.contract.errors import Corrupt, NotFound, Retryable
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import ShardSample
 from streamlearn.stream import views
 from streamlearn.stream.cache import ShardCache, read_member
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import key, permutation
-from streamlearn.stream.plan import Planner, Position, Shard, Slots, finished, fresh_refs, order, substitute
+from streamlearn.stream.plan import Planner, Position, Shard, Slots, finished, fresh_refs, order, pool_of, substitute
 from streamlearn.stream.worker import BatchSpec, Made, Place, make, start_worker
 
+LOOK_S = 5.0  # between looks at the catalog in the middle of a round
 LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
 
 
@@ -47,6 +55,7 @@ class Batch:
 class _Outstanding:
     spec: BatchSpec
     fresh: np.ndarray[Any, np.dtype[np.bool_]]
+    before: Position  # to make it again
     after: Position
     shards: frozenset[str]
     future: "Future[Made] | None" = None
@@ -71,17 +80,26 @@ class Stream:
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)
         self.names: dict[str, Shard] = {}
-        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0}
+        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0, "taken_down": 0}
         self._queue: deque[_Outstanding] = deque()
         self._pool: ProcessPoolExecutor | None = None
+        self._looked = -math.inf  # monotonic
+        self._substitutes: tuple[int, NDArray[np.int64]] | None = None  # of which round, its pool
+        self._look()
+        self._heed()
 
     def batches(self) -> Iterator[Batch | None]:
         """Ends when `stop` is set.  None, about every `poll_s`, while there is nothing to learn."""
         ahead = self._specs()
         while not self.stop.is_set():
+            self._look()
+            if self._heed():
+                ahead = self._specs()
             while len(self._queue) < self.config.prefetch and (item := next(ahead)) is not None:
                 self._queue.append(item)
                 self._submit(item)
+            if self.planner.ended:  # planning has looked too
+                continue
             if not self._queue:
                 self.stop.wait(self.config.poll_s)
                 yield None
@@ -113,10 +131,13 @@ class Stream:
         name, _, index = ref.rpartition("#")
         if name not in self.names:
             raise NotFound(f"{ref}: not among the shards of this stream")
-        path, samples = self.cache.shard(name, self.names[name].sha256, pinned=self._pinned())
+        spot = self.planner.moves.spot(name, self.names[name].sha256, int(index))
+        if spot is None:
+            raise NotFound(f"{ref}: taken down")
+        path, samples = self.cache.shard(spot.key, spot.sha256, pinned=self._pinned())
         fd = os.open(path, os.O_RDONLY)
         try:
-            return read_member(fd, samples[int(index)])
+            return read_member(fd, samples[spot.index])
         finally:
             os.close(fd)
 
@@ -134,7 +155,7 @@ class Stream:
         return views.normalised(pixels, self.config.mean, self.config.std)
 
     def counters(self) -> dict[str, int]:
-        return dict(self.counts) | {"cache_bytes": self.cache.bytes}
+        return dict(self.counts) | {"cache_bytes": self.cache.bytes, "expired_unseen": self.position.unseen}
 
     def close(self) -> None:
         if self._pool is not None:
@@ -160,41 +181,85 @@ class Stream:
                 if after.place == round_.batches:
                     after = finished(after)
                 item = self._spec(table, slots, at)
-                item.after = self.position = after
+                item.before, item.after = self.position, after
+                self.position = after
                 yield item
                 if after.record is None:  # the round is over
                     break
 
     def _spec(self, table: dict[int, Shard], slots: Slots, at: slice) -> _Outstanding:
-        places, fresh, shards = list[Place](), slots.fresh_N[at].copy(), set[str]()
+        places, fresh, shards = list[Place | None](), slots.fresh_N[at].copy(), set[str]()
         for i, (number, index) in enumerate(slots.refs_N2[at].tolist()):
             place = self._place(table.get(number), index, shards)
-            for attempt in range(LOST_TRIES):
-                if place is not None:
-                    break
-                fresh[i] = False
-                self.counts["lost"] += attempt == 0
-                number, index = substitute(self.config.seed, self.position, at.start + i, attempt)
-                place = self._place(table.get(number), index, shards)
             if place is None:
-                raise Corrupt(
-                    f"round {self.position.round}: a slot's shard is lost, and so were {LOST_TRIES} others drawn in its place; "
-                    "see `streamlearn status` and restore the store from a backup"
-                )
+                fresh[i] = False
+                place = self._substitute(table, at.start + i, shards)
             places.append(place)
-        return _Outstanding(BatchSpec(tuple(places), slots.keys_N[at]), fresh, self.position, frozenset(shards))
+        there = [place for place in places if place is not None]
+        # with nothing to draw from, others of the batch stand in; with none of those, the batch is passed over
+        whole = tuple(place or there[i % len(there)] for i, place in enumerate(places)) if there else ()
+        return _Outstanding(BatchSpec(whole, slots.keys_N[at]), fresh, self.position, self.position, frozenset(shards))
 
-    def _place(self, shard: Shard | None, index: int, shards: set[str]) -> Place | None:
-        """Where the bytes of a sample lie on this disk; None if its shard is lost."""
-        if shard is None:
+    def _substitute(self, table: dict[int, Shard], slot: int, shards: set[str]) -> Place | None:
+        """A replay draw for a slot whose sample is lost or gone; None where everything is gone.  Raises Corrupt where too much is lost."""
+        if self._substitutes is None or self._substitutes[0] != self.position.round:
+            self._substitutes = (self.position.round, pool_of(self.position, self.planner.moves))
+        pool = self._substitutes[1]
+        for attempt in range(LOST_TRIES if len(pool) else 0):
+            number, index = substitute(self.config.seed, self.position.round, slot, attempt, pool)
+            place = self._place(table.get(number), index, shards, count=False)
+            if place is not None:
+                return place
+        if not len(pool):
+            return None
+        raise Corrupt(
+            f"round {self.position.round}: a slot's shard is lost, and so were {LOST_TRIES} others drawn in its place; "
+            "see `streamlearn status` and restore the store from a backup"
+        )
+
+    def _place(self, shard: Shard | None, index: int, shards: set[str], *, count: bool = True) -> Place | None:
+        """Where the bytes of a sample lie on this disk; None if it was taken down, or its shard is lost."""
+        spot = self.planner.moves.spot(shard.key, shard.sha256, index) if shard else None
+        if shard and spot is None:
+            self.counts["taken_down"] += count
             return None
         try:
-            path, samples = self.cache.shard(shard.key, shard.sha256, pinned=self._pinned() | shards)
+            if spot is None:
+                raise NotFound("not in the table")
+            path, samples = self.cache.shard(spot.key, spot.sha256, pinned=self._pinned() | shards)
         except (NotFound, Corrupt):
+            self.counts["lost"] += count
             return None
-        shards.add(shard.key)
-        sample: ShardSample = samples[index]
+        shards.add(spot.key)
+        sample: ShardSample = samples[spot.index]
         return Place(str(path), sample)
+
+    # -- what ends meanwhile -------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """See what has ended, every few seconds.  A catalog out of reach is no reason to stop: planning says so when it needs it."""
+        if time.monotonic() - self._looked >= LOOK_S:
+            self._looked = time.monotonic()
+            with contextlib.suppress(Retryable):
+                self.planner.look()
+
+    def _heed(self) -> bool:
+        """Drop what was made from shards that have ended; True if planning ahead must begin anew."""
+        ended, self.planner.ended = self.planner.ended, []
+        if not ended:
+            return False
+        self.cache.purge({row.sha256 for row in ended})
+        self._substitutes = None
+        keys = {row.key for row in ended}
+        stale = next((i for i, item in enumerate(self._queue) if item.shards & keys), None)
+        if stale is None:
+            return False
+        self.position = self._queue[stale].before
+        while len(self._queue) > stale:
+            dropped = self._queue.pop()
+            if dropped.future is not None:
+                dropped.future.cancel()
+        return True
 
     def _pinned(self) -> frozenset[str]:
         return frozenset().union(*(item.shards for item in self._queue))

@@ -60,7 +60,7 @@ def _end_with(learner: int) -> None:
 
 def make(config: StreamConfig, spec: BatchSpec) -> Made:
     images = _decoded(spec)
-    sound = np.array([image is not None for image in images])
+    sound = np.array([image is not None for image in images], dtype=bool)
     if not sound.any():
         return Made((), sound)  # nothing to stand in: the loader passes the batch over, and counts it
     whole = [_stand_in(images, i) for i in range(len(images))]

@@ -6,6 +6,7 @@ A fault is used up by the requests it matches, in the order the faults were give
   reset_before  drops the connection without asking the server              nothing has happened
   reset_after   asks, waits for the answer, drops the connection            it HAS happened, and the client cannot know
   stall         holds the request, unasked, until `release()`               nothing has happened yet
+  delay         holds the request, unasked, for `delay_s`                nothing has happened yet
   truncate      passes the header and `keep` bytes of the body, then closes
   hang          likewise, then holds the connection until `release()`
   unframed      as truncate, and without the Content-Length that would give it away
@@ -19,7 +20,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-Act = Literal["answer", "reset_before", "reset_after", "stall", "truncate", "hang", "unframed", "whole"]
+Act = Literal["answer", "reset_before", "reset_after", "stall", "delay", "truncate", "hang", "unframed", "whole"]
 HEADER_END = b"\r\n\r\n"
 
 
@@ -32,6 +33,7 @@ class Fault:
     keep: int = 0  # bytes of the body that still come through
     status: int = 503
     code: str = "SlowDown"
+    delay_s: float = 0.0
 
     def matches(self, method: str, path: str) -> bool:
         return self.times > 0 and self.method == method and re.search(self.path, path) is not None
@@ -118,6 +120,8 @@ class FaultProxy:
             return True
         if act == "stall":
             await self._released.wait()
+        if fault and act == "delay":
+            await asyncio.sleep(fault.delay_s)
         response = await self._ask(request, method, without=b"range" if act == "whole" else b"expect")
         if act == "reset_after":
             writer.transport.abort()

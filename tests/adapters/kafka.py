@@ -7,6 +7,7 @@ over the protocol, it does not de-duplicate, it has no transactions.  Calling it
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import confluent_kafka
 
@@ -35,7 +36,7 @@ _SIGNATURES = {
 }
 
 
-def _library():
+def _library() -> ctypes.CDLL:
     (path,) = (Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka*.so*")
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in _SIGNATURES.items():
@@ -45,7 +46,7 @@ def _library():
 
 
 class MockCluster:
-    def __init__(self, brokers=3):
+    def __init__(self, brokers: int = 3) -> None:
         self._library = _library()
         error = ctypes.create_string_buffer(512)
         self._owner = self._library.rd_kafka_new(0, self._library.rd_kafka_conf_new(), error, 512)
@@ -54,35 +55,35 @@ class MockCluster:
         self.servers = tuple(self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode().split(","))
         self._call("group_initial_rebalance_delay_ms", 100)
 
-    def _call(self, name, *arguments):
+    def _call(self, name: str, *arguments: Any) -> None:
         if self._cluster is None:
             return
         result = getattr(self._library, f"rd_kafka_mock_{name}")(self._cluster, *arguments)
         assert not result, f"mock {name}: error {result}"
 
-    def make_topic(self, name, partitions):
+    def make_topic(self, name: str, partitions: int) -> None:
         self._call("topic_create", name.encode(), partitions, 1)
 
-    def delete_records(self, name, partition, before):
+    def delete_records(self, name: str, partition: int, before: int) -> None:
         self._call("partition_delete_records", name.encode(), partition, before)
 
-    def set_leader(self, name, partition, broker):
+    def set_leader(self, name: str, partition: int, broker: int) -> None:
         self._call("partition_set_leader", name.encode(), partition, broker)
 
-    def down(self, broker=-1):
+    def down(self, broker: int = -1) -> None:
         self._call("broker_set_down", broker)
 
-    def up(self, broker=-1):
+    def up(self, broker: int = -1) -> None:
         self._call("broker_set_up", broker)
 
-    def round_trip_ms(self, ms, broker=-1):
+    def round_trip_ms(self, ms: int, broker: int = -1) -> None:
         self._call("broker_set_rtt", broker, ms)
 
-    def fail(self, api, *codes):
+    def fail(self, api: str, *codes: int) -> None:
         """The next requests of a kind are answered with these error codes."""
         self._call("push_request_errors_array", API[api], len(codes), (_INT * len(codes))(*codes))
 
-    def close(self):
+    def close(self) -> None:
         if self._cluster is not None:
             cluster, self._cluster = self._cluster, None
             self._library.rd_kafka_mock_cluster_destroy(cluster)

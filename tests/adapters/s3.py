@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -67,13 +68,13 @@ class Bucket:
             proxy.faults = list(faults)
             yield proxy
 
-    def client(self):
+    def client(self) -> Any:
         """The SDK itself, to look at the bucket from outside."""
         return _client(self.url)
 
 
 @functools.cache  # a client takes a while to make
-def _client(url: str):
+def _client(url: str) -> Any:
     import boto3
 
     return boto3.session.Session(**{name.lower(): value for name, value in CREDENTIALS.items()}).client(
@@ -81,8 +82,9 @@ def _client(url: str):
     )
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[tuple[str, int]]:
+@contextmanager
+def s3_serving() -> Iterator[tuple[str, int]]:
+    """Its address, while it runs in threads of this process."""
     from moto.server import ThreadedMotoServer  # a second to import, and most tests do without
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for every request buries what a failed test says
@@ -91,6 +93,12 @@ def s3_server() -> Iterator[tuple[str, int]]:
     server._server.app = OneAtATime(server._server.app)
     yield server.get_host_and_port()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[tuple[str, int]]:
+    with s3_serving() as address:
+        yield address
 
 
 @pytest.fixture

@@ -67,6 +67,26 @@ def test_a_store_out_of_reach_is_a_fault_that_passes_and_never_a_damaged_table(p
     assert catalog.position("candidates", 0) == 5 and len(catalog.rows()) == 1
 
 
+@pytest.mark.parametrize("call", ["position", "commit"])
+@pytest.mark.parametrize("known", [True, False], ids=["open", "new"])
+@pytest.mark.parametrize("act", ["answer", "reset_before"])
+def test_a_store_that_goes_out_of_reach_between_the_log_and_its_positions_is_a_fault_that_passes(
+    proxy, where, catalog, monkeypatch, call, known, act
+):
+    """delta-rs reads the log once more to tell a position."""
+    read_by = catalog if known else where.catalog(attempts=2)
+    opened = read_by._open
+
+    def then_out_of_reach():
+        table = opened()
+        proxy.faults = [Fault(act, method, times=ALWAYS) for method in ("GET", "PUT", "HEAD")]
+        return table
+
+    monkeypatch.setattr(read_by, "_open", then_out_of_reach)
+    with pytest.raises(Retryable, match="cannot be reached"):
+        CALLS[call](read_by)
+
+
 @pytest.mark.parametrize("act", ["answer", "truncate"])
 def test_rows_out_of_reach_are_a_fault_that_passes(proxy, catalog, act):
     proxy.faults = [Fault(act, "GET", "parquet", keep=10, times=ALWAYS)]

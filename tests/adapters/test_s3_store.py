@@ -154,6 +154,7 @@ CALLS = {
     "get_range": lambda s, f: s.get_range("k", 0, 1),
     "get_file": lambda s, f: s.get_file("k", f.with_name("copy")),
     "size": lambda s, f: s.size("k"),
+    "modified": lambda s, f: s.modified("k"),
     "list": lambda s, f: s.list("k"),
     "delete": lambda s, f: s.delete("k"),
 }

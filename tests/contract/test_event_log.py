@@ -2,13 +2,14 @@
 
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from streamlearn.adapters.kafka_log import KafkaLog
 from streamlearn.contract.config import KafkaConfig
 from streamlearn.contract.errors import ConfigError, NotFound, OffsetGap
-from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, NewRecord, SqliteLog, partition_of
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, SOURCE_STATE, NewRecord, SqliteLog, partition_of
 from tests.adapters.kafka import MockCluster, open_mocked, real_servers
 
 KINDS = ["sqlite", "mock kafka", *(["real kafka"] if real_servers() else [])]
@@ -108,6 +109,46 @@ def test_the_newest_value_of_a_key_is_what_a_compacted_topic_keeps(log, connect)
     log.append([new(b"3", b"c", SOURCE_STATE)])
     assert log.latest(SOURCE_STATE, b"c") == b"3" and log.latest(SOURCE_STATE, b"other") is None
     assert connect().latest(SOURCE_STATE, b"c") == b"3"
+
+
+def test_a_table_has_the_newest_value_of_every_key_whoever_wrote_it(log, connect):
+    log.ensure_topic(CONNECTOR_CONFIGS, 3)
+    assert log.table(CONNECTOR_CONFIGS) == {}
+    log.append(
+        [
+            new(b"1", b"a", CONNECTOR_CONFIGS),
+            new(b"2", b"b", CONNECTOR_CONFIGS),
+            new(b"3", b"a", CONNECTOR_CONFIGS),
+            new(b"s", b"a", SOURCE_STATE),
+        ]
+    )
+    assert log.table(CONNECTOR_CONFIGS) == {b"a": b"3", b"b": b"2"} and log.table(SOURCE_STATE) == {b"a": b"s"}
+    other = connect()
+    other.append([new(b"4", b"%d" % i, CONNECTOR_CONFIGS) for i in range(20)] + [new(b"5", b"b", CONNECTOR_CONFIGS)])  # in every partition
+    expected = {b"a": b"3", b"b": b"5"} | {b"%d" % i: b"4" for i in range(20)}
+    assert other.table(CONNECTOR_CONFIGS) == expected
+    deadline = time.monotonic() + 60
+    while log.table(CONNECTOR_CONFIGS) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert log.table(CONNECTOR_CONFIGS) == expected == connect().table(CONNECTOR_CONFIGS)
+
+
+def test_a_table_of_a_topic_that_is_not_there_is_not_found(log):
+    with pytest.raises(NotFound, match="no topic"):
+        log.table("nowhere")
+
+
+def test_threads_may_append_and_read_at_once(log):
+    log.ensure_topic(CONNECTOR_CONFIGS, 3)
+
+    def work(number):
+        for i in range(10):
+            log.append([new(b"%d" % i, b"t%d" % number, CONNECTOR_CONFIGS), new(b"c", b"t%d" % number)])
+            assert log.table(CONNECTOR_CONFIGS)[b"t%d" % number] == b"%d" % i == log.latest(CONNECTOR_CONFIGS, b"t%d" % number)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert sum(log.bounds(CANDIDATES, p)[1] for p in range(3)) == 40
 
 
 def test_a_gap_is_an_incident_never_a_silent_jump(log):

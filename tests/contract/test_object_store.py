@@ -1,6 +1,7 @@
 """The suite every object store passes: the folder, and S3 as moto plays it."""
 
 import threading
+import time
 
 import pytest
 
@@ -54,7 +55,22 @@ def test_a_put_file_stays_where_it_was(store, tmp_path):
     assert store.get("big") == (tmp_path / "f").read_bytes()
 
 
-@pytest.mark.parametrize("call", [("get", "a/b"), ("size", "a/b"), ("get_range", "a/b", 0, 5), ("get_range", "a/b", 0, 0)], ids=str)
+def test_every_put_makes_an_object_young_again(store, tmp_path):
+    (tmp_path / "f").write_bytes(b"2")
+    before = int(time.time())  # S3 tells whole seconds
+    store.put("k", b"1")
+    first = store.modified("k")
+    assert before <= first <= time.time() + 1
+    time.sleep(1.1)
+    store.get("k")
+    assert store.modified("k") == first  # reading is no change
+    store.put_file("k", tmp_path / "f")
+    assert store.modified("k") >= first + 1
+
+
+@pytest.mark.parametrize(
+    "call", [("get", "a/b"), ("size", "a/b"), ("modified", "a/b"), ("get_range", "a/b", 0, 5), ("get_range", "a/b", 0, 0)], ids=str
+)
 def test_what_is_not_there_is_not_found(store, call):
     name, *args = call
     with pytest.raises(NotFound, match="no object a/b"):

@@ -46,6 +46,8 @@ def test_only_the_owner_that_commits_decides(tmp_path):
         packer.seal(units[0])
     assert place.log.bounds(retry_topic(0), 0) == (0, 0)
     assert packer.recover(CANDIDATES, 0) == 1 and place.log.bounds(retry_topic(0), 0) == (0, 0)
+    units[0].drop()
+    assert list(tmp_path.glob("*.tar")) + list(tmp_path.glob("*.parquet")) == []  # a fetcher that is fenced often must not fill its disk
 
 
 def test_what_the_log_has_dropped_is_retried_from_the_sidecar(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ingest.fetch.run import run_fetch
+from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import ShardConfig
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, NewRecord, retry_topic
@@ -192,3 +193,26 @@ def test_killed_with_a_real_kill_the_next_start_loses_and_doubles_nothing(tmp_pa
         place = Place(tmp_path)
         fetch_until(place, settled(120))
     check(place, [f"{i}.jpg" for i in range(120)], 120)
+
+
+class RivalCatalog(DeltaCatalog):
+    """Another owner, who then goes away for good, commits the first unit just before we do."""
+
+    rivalled = 0
+
+    def commit(self, rows, advances):
+        if advances[0].topic == CANDIDATES and not self.rivalled:
+            self.rivalled += 1
+            DeltaCatalog(self.uri, log_id=self.log_id).commit(rows, advances)
+        return super().commit(rows, advances)
+
+
+def test_who_was_fenced_goes_on_from_where_the_other_left(tmp_path):
+    """Alone: nobody else would cover what it does not."""
+    with serving(Site()) as base:
+        place = Place(tmp_path)
+        place.catalog = RivalCatalog(place.catalog.uri, log_id=place.log.log_id)
+        feed(place.log, base, [f"{i}.jpg" for i in range(30)])
+        fetch_until(place, settled(30), limit_s=30)
+    assert place.catalog.rivalled == 1
+    check(Place(tmp_path), [f"{i}.jpg" for i in range(30)], 30)

@@ -41,7 +41,7 @@ def site():
 
 def fetch(url, config=FETCH, folders=()):
     async def go():
-        async with Client(config, folders) as client:
+        async with Client(config, lambda: folders) as client:
             return await client.fetch(Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z"))
 
     return asyncio.run(go())
@@ -83,7 +83,7 @@ def test_a_fault_that_passes_is_tried_again_at_once(site):
 
 def test_nobody_listening_is_left_for_later():
     got = fetch("http://127.0.0.1:9/1.jpg")
-    assert isinstance(got, Unanswered) and "Connect" in got.detail
+    assert isinstance(got, Unanswered) and "connect" in got.detail
 
 
 @pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..b", ".", "%zz", "a b", "*", "a.example.."])
@@ -108,6 +108,28 @@ def test_a_file_is_read_only_from_a_watched_folder(tmp_path):
     ):
         assert fetch(url, folders=(watched,)).reason == Reason.OUTSIDE, url
     assert fetch((watched / "gone.jpg").as_uri(), folders=(watched,)).reason == Reason.GONE
+
+
+def test_a_folder_that_is_watched_since_later_is_asked_for(tmp_path):
+    """A connector may be made while the fetcher runs; one that is there is not asked about again."""
+    asked = []
+    for name in ("early", "late"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(picture(1))
+
+    def folders():
+        asked.append(1)
+        return (tmp_path / "early",) if len(asked) == 1 else (tmp_path / "early", tmp_path / "late")
+
+    async def go():
+        async with Client(FETCH, folders) as client:
+            found = []
+            for name in ("early", "early", "late", "late"):
+                url = (tmp_path / name / "a.jpg").as_uri()
+                found.append(await client.fetch(Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z")))
+            return found
+
+    assert [got.body for got in asyncio.run(go())] == [picture(1)] * 4 and len(asked) == 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])

@@ -55,7 +55,7 @@ def make_log(folder):
 
 
 def connector(path, kind="urls", name="c", **more):
-    return build(ConnectorConfig(name=name, kind=kind, path=str(path), **more))
+    return build(ConnectorConfig.of(name, kind, path=str(path), **more))
 
 
 def go(log, source):
@@ -165,7 +165,7 @@ def test_csv_and_parquet_bring_their_columns_along(log, tmp_path):
     ("name", "content", "complaint"),
     [
         ("u.json", b"[]", "is .txt, .csv or .parquet"),
-        ("u.csv", b"link\nhttp://x/1.jpg\n", "no column 'url'; there are link; set url_column"),
+        ("u.csv", b"link\nhttp://x/1.jpg\n", r"no column of URLs \(url, URL, .*\); there are link; set url_column"),
         ("u.parquet", b"garbage", "cannot be read"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_killed_folder_connector_misses_nothing(log, tmp_path, monkeypatch, wh
 def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     (tmp_path / "u.txt").write_text("http://x/1.jpg\n")
     log, stop = make_log(tmp_path), threading.Event()
-    config = Config(connectors=(ConnectorConfig(name="c", kind="urls", path=str(tmp_path / "u.txt"), poll_s=0.05),))
+    config = Config(connectors=(ConnectorConfig.of("c", "urls", path=str(tmp_path / "u.txt"), poll_s=0.05),))
     thread = threading.Thread(
         target=run_connect,
         args=(config, log, ConnectMetrics(CollectorRegistry()), Heartbeat(tmp_path, "connect"), stop),

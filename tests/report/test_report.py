@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from streamlearn.contract.config import Config
-from streamlearn.contract.shards import ShardWriter
+from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.shards import STORED, Outcome, ShardWriter, sidecar_key, write_sidecar
 from streamlearn.report import build_report
 from streamlearn.view import line, overview, panel, sparkline
 from tests.conftest import missing
@@ -61,16 +62,17 @@ def home(tmp_path):
     key = "shards/a.tar"
     (tmp_path / "store" / "shards").mkdir(parents=True)
     writer = ShardWriter(tmp_path / "store" / key)
-    for i in range(4):
-        writer.add(i, picture(i), "jpg", {})
+    starts = [writer.add(i, picture(i), "jpg", {}) for i in range(4)]
     writer.close()
+    outcomes = [Outcome(offset=i, outcome=STORED, ext="jpg", member_offset=at, member_size=len(picture(i))) for i, at in enumerate(starts)]
+    write_sidecar(tmp_path / "store" / sidecar_key(key), outcomes)
     gallery = {"step": 600, "prototypes": [{"id": 5, "use": 9, "refs": [f"{key}#{i}" for i in range(4)] + ["shards/gone.tar#0"]}]}
     (tmp_path / "history" / "gallery.json").write_text(json.dumps(gallery))
     return tmp_path
 
 
 def test_the_page_has_every_part_and_asks_nobody_for_anything(home):
-    page = build_report(home, Config(), home / "report.html").read_text()
+    page = build_report(home, Config(), FolderStore(home / "store"), home / "report.html").read_text()
     assert page.count("<svg") == 5 and page.count("data:image/jpeg") == 4
     assert "600" in page and "40.0%" in page and "2.00 ×" in page and "rejected: gone" in page
     assert "world &lt;b&gt;" in page and "<b>world" not in page
@@ -80,7 +82,7 @@ def test_the_page_has_every_part_and_asks_nobody_for_anything(home):
 
 
 def test_a_new_home_says_what_is_missing(tmp_path):
-    page = build_report(tmp_path, Config(), tmp_path / "report.html").read_text()
+    page = build_report(tmp_path, Config(), FolderStore(tmp_path / "store"), tmp_path / "report.html").read_text()
     for words in ("Nothing learnt yet", "No snapshot has been measured yet", "Nothing fetched yet", "Comes with the first snapshot"):
         assert words in page
 
@@ -89,7 +91,7 @@ def test_a_browser_shows_it_without_complaint(home, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         missing("chromium is not installed")
-    build_report(home, Config(), home / "report.html")
+    build_report(home, Config(), FolderStore(home / "store"), home / "report.html")
     flags = [
         "--headless",
         "--no-sandbox",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamlearn.contract.catalog import ShardRow
+from streamlearn.contract.catalog import Changes, ShardRow
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import ConfigError, Corrupt, OffsetGap
 from streamlearn.contract.object_store import FolderStore
@@ -29,11 +29,12 @@ class GrowingCatalog:
         row = ShardRow(
             key=f"shards/{partition}/{first}.tar", sha256="0" * 64, bytes=1, num_samples=samples, topic="candidates", partition=partition,
             first_offset=first, end_offset=first + max(1, samples), first_fetched_at="", last_fetched_at="", day="2026-11-21",
+            committed=len(self.rows),
         )  # fmt: skip
         self.rows.append(row)
 
-    def follow(self, after):
-        return len(self.rows) - 1, self.rows[after + 1 :]
+    def changes(self, after):
+        return Changes(len(self.rows) - 1, self.rows[after + 1 :], [])
 
 
 def walk(config, catalog, store, batch, position=None):

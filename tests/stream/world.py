@@ -1,11 +1,12 @@
 """Real shards of real (drawn) images in a real catalog."""
 
+import hashlib
 import threading
 
 from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
 from streamlearn.contract.config import CropConfig, StreamConfig
 from streamlearn.contract.object_store import FolderStore
-from streamlearn.contract.shards import ShardWriter, shard_key
+from streamlearn.contract.shards import STORED, Outcome, ShardWriter, shard_key, sidecar_key, write_sidecar
 from streamlearn.stream.loader import Stream
 from tests.ingest.server import picture
 
@@ -20,6 +21,10 @@ CONFIG = StreamConfig(
 )
 
 
+def url(partition, offset):
+    return f"http://h{partition}.example/{offset}.jpg"
+
+
 class World:
     def __init__(self, home):
         self.home, self.ends, self.store = home, {}, FolderStore(home / "store")
@@ -30,13 +35,21 @@ class World:
         """One more shard of `count` images; those in `spoilt` are not images."""
         first = self.ends.get(partition, 0)
         path = self.home / "staged.tar"
-        writer = ShardWriter(path)
+        writer, outcomes = ShardWriter(path), []
         for offset in range(first, first + count):
             body = b"\xff\xd8\xff garbage" if offset in spoilt else picture(1000 * partition + offset)
-            writer.add(offset, body, "jpg", {"n": offset})
+            start = writer.add(offset, body, "jpg", {"n": offset})
+            outcomes.append(
+                Outcome(
+                    offset=offset, outcome=STORED, url=url(partition, offset), sha256=hashlib.sha256(body).hexdigest(), ext="jpg",
+                    fetched_at="2026-11-21T00:00:00.000Z", member_offset=start, member_size=len(body), bytes=len(body),
+                )
+            )  # fmt: skip
         sha256, size = writer.close()
         key = shard_key("2026-11-21", "candidates", partition, first, first + count, sha256)
         self.store.put_file(key, path)
+        write_sidecar(path.with_suffix(".parquet"), outcomes)
+        self.store.put_file(sidecar_key(key), path.with_suffix(".parquet"))
         self.ends[partition] = first + count
         row = ShardRow(
             key=key, sha256=sha256, bytes=size, num_samples=count, topic="candidates", partition=partition, first_offset=first,

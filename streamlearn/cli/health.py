@@ -1,0 +1,56 @@
+"""What a role answers over HTTP: /metrics for Prometheus, /healthz (is it alive), /readyz (does it make progress).
+
+Health is the role's own word: its last heartbeat, and how long ago that was.  A process whose main loop hangs is not healthy, though its
+threads still answer.  A full disk or a broker that is gone is healthy (it waits, nothing is lost) but not ready, and says why.
+"""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.status import Heartbeat
+
+SILENT_S = 120.0  # without a heartbeat; the longest step of any role is well under it
+NOT_READY = {"starting", "full", "failed", "stopped"}
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Scrapes are not news."""
+
+
+def answer(heartbeat: Heartbeat, path: str) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body) of /healthz or /readyz."""
+    values, silent_s = heartbeat.said()
+    alive = silent_s < SILENT_S
+    ready = alive and values.get("state") not in NOT_READY and not values.get("full")
+    body = {"role": heartbeat.role, "healthy": alive, "ready": ready, "silent_s": round(silent_s, 1)} | values
+    return (200 if (alive if path == "/healthz" else ready) else 503), body
+
+
+def serve(port: int, registry: CollectorRegistry, heartbeat: Heartbeat, *, host: str = "127.0.0.1") -> int:
+    """Serve in a daemon thread; the port.  Raises ConfigError where it is taken."""
+    metrics = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "/")
+        if path not in ("/healthz", "/readyz"):
+            return metrics(environ, start)
+        status, body = answer(heartbeat, path)
+        start("200 OK" if status == 200 else "503 Service Unavailable", [("Content-Type", "application/json")])
+        return [json.dumps(body, indent=1).encode()]
+
+    try:
+        server = make_server(host, port, app, ThreadingWSGIServer, handler_class=_Quiet)
+    except OSError as e:
+        raise ConfigError(f"metrics_port: port {port} for {heartbeat.role} is taken ({e}); choose another, or 0 for any") from e
+    assert server.socket.family == socket.AF_INET
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    return int(server.server_port)

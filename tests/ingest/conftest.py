@@ -1,0 +1,3 @@
+"""Fixtures shared by the tests of ingest."""
+
+from tests.ingest.dataset import made, place  # noqa: F401  fixtures
