@@ -180,18 +180,20 @@ class Packer:
         position, done = self.catalog.position(named, partition), self.log.committed(group_of(self.log), topic, partition) or 0
         if done >= position:
             return position
-        for row in self.catalog.rows():
-            if (row.topic, row.partition) == (named, partition) and done < row.end_offset <= position:
-                owed = self._owed(topic, row)
-                if owed:
-                    self.log.append(owed)
+        held: dict[str, set[str]] = {}
+        for row in self.catalog.covering(named, partition, done, position):
+            owed = self._owed(topic, row, done, held)
+            if owed:
+                self.log.append(owed)
         self.log.commit(group_of(self.log), {(topic, partition): position})
         return position
 
-    def _owed(self, topic: str, row: ShardRow) -> list[NewRecord]:
-        """Retries that a committed sidecar decided and the log does not hold; its dead letters."""
-        outcomes = read_sidecar(self.store.get(sidecar_key(row.key))).to_pylist()
-        held = {name: self._held(name) for name in {o["reason"] for o in outcomes if o["outcome"] == DEFERRED}}
+    def _owed(self, topic: str, row: ShardRow, done: int, held: dict[str, set[str]]) -> list[NewRecord]:
+        """Retries that a committed sidecar decided from offset `done` on and the log does not hold; its dead letters.
+        `held`: origins by retry topic, read when first needed: what is appended meanwhile belongs to other offsets."""
+        outcomes = [o for o in read_sidecar(self.store.get(sidecar_key(row.key))).to_pylist() if o["offset"] >= done]
+        for name in {o["reason"] for o in outcomes if o["outcome"] == DEFERRED} - held.keys():
+            held[name] = self._held(name)
         owed = []
         for outcome in outcomes:
             place = f"{row.topic}/{row.partition}/{outcome['offset']}"

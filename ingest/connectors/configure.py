@@ -160,6 +160,8 @@ def _json(text: str) -> Any:
 def to_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # 1800, as people write it
     if isinstance(value, list | tuple):
         texts = [to_text(entry) for entry in value]
         plain = all(t and t == t.strip() and "," not in t for t in texts) and not (texts and texts[0].startswith("["))

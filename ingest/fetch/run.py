@@ -99,8 +99,7 @@ class Fetcher:
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
         for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
-        rows = self.catalog.rows()
-        self.before = (len(rows), sum(row.num_samples for row in rows))
+        self.before = self.catalog.totals()
         subscription = self.log.subscribe(group_of(self.log), topics)
         try:
             async with Client(self.config.fetch, lambda: watched(self.config, self.log)) as client:

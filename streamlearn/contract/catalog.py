@@ -6,7 +6,7 @@ A Delta table (delta-rs), one row a shard.  The position of a partition is the D
   1. read     the table's newest state; every advance must start where its partition stands, else Fenced
   2. write    one parquet file with the new rows (no one lists it yet)
   3. put      _delta_log/<version>.json, if absent, with the rows and the new positions        <- THE COMMIT POINT
-  4. tidy     every 100 versions a checkpoint of the log
+  4. tidy     every 100 versions the small files are merged, and the log gets a checkpoint (upkeep.py)
 
 Killed after   what is left                        who mends it
   1            nothing
@@ -35,7 +35,6 @@ followed through `replaces` (stream/moved.py), and coverage stays whole.  It inh
 learning; `changed` is the version in which a row took its present status, and is what followers ask for.
 """
 
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +43,10 @@ from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, QueryBuilder, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from streamlearn.contract import durable
+from streamlearn.contract import durable, upkeep
 from streamlearn.contract.errors import Corrupt, Fenced, Retryable, StoreFull
 from streamlearn.contract.shard_rows import (
     EXPIRED,
@@ -69,12 +68,10 @@ from streamlearn.contract.status import now
 
 __all__ = ["EXPIRED", "LIVE", "REPLACED", "TAKEN_DOWN", "Advance", "Catalog", "Changes", "DeltaCatalog", "ShardRow"]
 
-CHECKPOINT_EVERY = 100
 # how delta-rs words what the store answered or the network did
 _OUT_OF_REACH = ("Generic S3 error", "lacked the necessary privileges", "valid authentication credentials")
 _DECORATION = re.compile(r"\x1b\[\d*m|↳")
 _FULL = ("No space left", "os error 28", "os error 122")
-logger = logging.getLogger("streamlearn")
 
 
 class Catalog(Protocol):
@@ -113,6 +110,12 @@ class Catalog(Protocol):
 
     def version(self) -> int: ...
 
+    def totals(self) -> tuple[int, int]:
+        """(shards, samples) that are live."""
+
+    def covering(self, topic: str, partition: int, start: int, end: int) -> list[ShardRow]:
+        """The live rows that cover any of the offsets [start, end), in commit order."""
+
 
 _LATER = {"removed": "''", "ended_at": "''", "note": "''", "changed": "committed"}  # columns that older tables lack: what stands for them
 
@@ -135,6 +138,21 @@ class DeltaCatalog:
     def rows(self) -> list[ShardRow]:
         return self.follow(-1)[1]
 
+    def totals(self) -> tuple[int, int]:
+        table = self._open()
+        if table is None:
+            return 0, 0
+        found = self._query(table, f"SELECT count(*) AS shards, sum(num_samples) AS samples FROM shards WHERE status = '{LIVE}'")
+        return found["shards"][0].as_py(), found["samples"][0].as_py() or 0
+
+    def covering(self, topic: str, partition: int, start: int, end: int) -> list[ShardRow]:
+        table = self._open()
+        if table is None or start >= end:
+            return []
+        name = topic.replace("'", "''")
+        there = f"topic = '{name}' AND partition = {int(partition)} AND end_offset > {int(start)} AND first_offset < {int(end)}"
+        return self._select(table, f"{there} AND status = '{LIVE}'")
+
     def follow(self, after: int) -> tuple[int, list[ShardRow]]:
         return self._newer(after, f"status = '{LIVE}'")
 
@@ -152,9 +170,14 @@ class DeltaCatalog:
             return -1, []
         if table.version() <= after:
             return table.version(), []
-        return table.version(), self._select(table, f"changed > {int(after)} AND {where}")
+        # bare columns, which delta-rs holds against each file's statistics: only what is new is opened
+        newer = f"committed > {int(after)}"
+        if "changed" in {f.name for f in table.schema().fields}:
+            newer = f"(changed > {int(after)} OR (changed IS NULL AND {newer}))"
+        return table.version(), self._select(table, f"{newer} AND {where}")
 
     def _select(self, table: DeltaTable, where: str) -> list[ShardRow]:
+        """`where` is asked of the columns as they are stored."""
         there = {f.name for f in table.schema().fields}
         wanted = ", ".join(
             f"{f'COALESCE({n}, {_LATER[n]})' if n in there else _LATER[n]} AS {n}" if n in _LATER else n for n in SCHEMA.names
@@ -162,16 +185,16 @@ class DeltaCatalog:
         names = ", ".join(name for name, _ in FIELDS)
         # of rows in one place, the older before what replaced it
         order = "committed, place, first_offset, changed, status = 'live', key"
-        sql = f"SELECT {names} FROM (SELECT {wanted} FROM shards) WHERE {where} ORDER BY {order}"
+        sql = f"SELECT {names} FROM (SELECT {wanted} FROM shards WHERE {where}) ORDER BY {order}"
+        return [ShardRow(**row) for row in self._query(table, sql).to_pylist()]
+
+    def _query(self, table: DeltaTable, sql: str) -> pa.Table:
         try:
-            # not to_pyarrow_table: its threads abort the interpreter at exit (pyarrow dataset over delta-rs's file system)
-            # nor delta-rs's own read_all: it keeps the interpreter lock while it waits for S3; pyarrow lets go of it
-            found = pa.RecordBatchReader.from_stream(QueryBuilder().register("shards", table).execute(sql)).read_all()
+            return upkeep.read(table, sql)
         except (OSError, DeltaError, pa.ArrowException) as e:
             raise self._out_of_reach(e) or Corrupt(
                 f"{self.uri}: the table names a file that cannot be read: {_first_line(e)}; restore the folder from a backup"
             ) from e
-        return [ShardRow(**row) for row in found.to_pylist()]
 
     def commit(self, rows: Sequence[ShardRow], advances: Sequence[Advance]) -> int:
         if len({(a.topic, a.partition) for a in advances}) != len(advances):
@@ -213,6 +236,7 @@ class DeltaCatalog:
             table = self._open() or self._create()
             if settled(table, lost):
                 return table.version()
+            since = table.version()
             try:
                 write(table)
             except CommitFailedError:
@@ -228,8 +252,10 @@ class DeltaCatalog:
                 if attempt == self.attempts - 1:
                     raise Retryable(f"{self.uri}: the commit failed {self.attempts} times, last with: {e}", after_s=5.0) from e
             else:
-                self._tidy(table)
-                return table.version()
+                version = table.version()
+                upkeep.secure(self.uri, since + 1, version)
+                upkeep.tidy(table, since)
+                return version
         raise Retryable(f"{self.uri}: {self.attempts} attempts lost to other writers", after_s=1.0)
 
     def _settled(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance], lost: bool) -> bool:
@@ -265,18 +291,6 @@ class DeltaCatalog:
         )
         merge.when_matched_update_all().when_not_matched_insert_all().execute()
         table.update_incremental()
-
-    def _tidy(self, table: DeltaTable) -> None:
-        if "://" not in self.uri:  # delta-rs renames without syncing; a commit that was acknowledged must survive power loss
-            durable.sync(Path(self.uri) / "_delta_log" / f"{table.version():020d}.json")
-        if table.version() and table.version() % CHECKPOINT_EVERY == 0:
-            try:
-                table.create_checkpoint()
-            except (DeltaError, OSError) as e:
-                passing = self._out_of_reach(e)
-                if passing is None:
-                    raise
-                logger.warning("no checkpoint of version %d, the next will do: %s", table.version(), passing)  # the commit stands
 
     def _app(self, topic: str, partition: int) -> str:
         return f"ingest/{self.log_id}/{topic}/{partition}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamlearn.contract import catalog as module
+from streamlearn.contract import upkeep
 from streamlearn.contract.errors import Corrupt, Retryable
 from tests.adapters.faultproxy import Fault
 from tests.contract.test_catalog import advance, on_s3, row
@@ -107,7 +107,18 @@ def test_a_table_that_cannot_be_made_is_a_fault_that_passes(proxy, where):
 
 
 def test_a_commit_stands_though_its_checkpoint_fails(proxy, catalog, monkeypatch, caplog):
-    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(upkeep, "TIDY_EVERY", 2)
     proxy.faults = [Fault("answer", "PUT", "checkpoint", times=ALWAYS)]
     assert catalog.commit([row(5, 9)], [advance(5, 9)]) == 2
-    assert "no checkpoint of version 2" in caplog.text and len(catalog.rows()) == 2
+    assert "not tidied at version 2" in caplog.text and len(catalog.rows()) == 2
+
+
+def test_what_is_new_is_read_from_new_files_alone(proxy, catalog):
+    for i in range(5, 15):
+        catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
+    proxy.seen.clear()
+    assert [r.first_offset for r in catalog.follow(catalog.version() - 2)[1]] == [13, 14]
+    assert len({path for method, path, _ in proxy.seen if method == "GET" and "/part-" in path}) == 2
+    proxy.seen.clear()
+    assert [r.first_offset for r in catalog.covering("candidates", 0, 9, 12)] == [9, 10, 11]
+    assert len({path for method, path, _ in proxy.seen if method == "GET" and "/part-" in path}) == 3

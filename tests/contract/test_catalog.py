@@ -166,14 +166,6 @@ def test_a_damaged_log_is_named_with_the_remedy(tmp_path):
         where.catalog().rows()
 
 
-def test_a_checkpoint_keeps_rows_and_positions(catalog, where, monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 3)
-    for i in range(8):
-        catalog.commit([row(i, i + 1)], [advance(i, i + 1)])
-    again = where.catalog()
-    assert again.position("candidates", 0) == 8 and len(again.rows()) == 8
-
-
 def merged(*rows, key="merged", **more):
     """A row that covers these."""
     return row(
