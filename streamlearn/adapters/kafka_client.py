@@ -23,6 +23,8 @@ def connection_settings(config: KafkaConfig) -> dict[str, Any]:
         "bootstrap_timeout_ms": int(config.start_timeout_s * 1000),
         "request_timeout_ms": int(config.request_timeout_s * 1000),
         "security_protocol": config.security,
+        # as in Kafka's own client; kafka-python's 30 s leave a broker alone that has long been back, while every request to it times out
+        "reconnect_backoff_max_ms": 1000,
     }
     files = {"ssl_cafile": config.ssl_cafile, "ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
     for key, name in files.items():

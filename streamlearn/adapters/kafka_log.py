@@ -27,6 +27,7 @@ from streamlearn.contract.errors import ConfigError, NotFound, OffsetGap, Retrya
 from streamlearn.contract.event_log import COMPACTED, NewRecord, Record, Subscription, partition_of
 
 STALE_S = 0.1  # for so long the end of a partition is believed; it decides only whether there is something to wait for
+OFFSETS_MS = 2000  # what a broker that is well takes a hundredth of
 EVERYTHING = 10**9  # records
 FETCH = 2**18  # bytes of one partition in one fetch: some hundred candidates
 MAX_RECORD = 2**20  # bytes; a candidate has at most 8 KiB
@@ -240,11 +241,16 @@ class KafkaLog:
         return first, self._offsets(self._consumer.end_offsets, {place})[place]
 
     def _offsets(self, ask: Callable[..., Any], places: set[TopicPartition]) -> dict[TopicPartition, int]:
-        for _ in range(3):
+        deadline = time.monotonic() + self.config.request_timeout_s
+        while time.monotonic() < deadline:
             try:
-                return {place: int(offset) for place, offset in ask(list(places), timeout_ms=self._request_ms).items()}
+                left_ms = int(1000 * (deadline - time.monotonic()))
+                return {place: int(offset) for place, offset in ask(list(places), timeout_ms=max(1, min(OFFSETS_MS, left_ms))).items()}
             except KeyError as e:  # kafka-python 3.0 forgets a partition whose broker was not ready
                 logger.info("the offsets of %s were not told; asking again", e)
+            except kafka_errors.KafkaTimeoutError:  # and asks a broker that leads no more over and over, but never who leads now
+                logger.info("the offsets of %s were not told in time; asking who leads", sorted(places))
+                self._consumer.topics()
         raise Retryable(f"Kafka ({self._where}): no broker tells the offsets of {sorted(places)}", after_s=1.0)
 
     def latest(self, topic: str, key: bytes) -> bytes | None:

@@ -85,6 +85,17 @@ def test_a_change_of_leaders_loses_nothing(log, cluster):
     assert values(log) == [b"%d" % i for start in (0, 200, 300, 100) for i in range(start, start + 20)]
 
 
+def test_who_only_reads_hears_of_another_leader(open_log, log, cluster):
+    """kafka-python asks the former leader for offsets again and again."""
+    reader, name = open_log(request_timeout_s=10.0, delivery_timeout_s=20.0), log._name(CANDIDATES)
+    for round_, broker in enumerate((2, 3, 1)):
+        assert reader.bounds(CANDIDATES, 0) == (0, 20 * round_)
+        cluster.set_leader(name, 0, broker)
+        log.append(batch(20 * round_))
+        assert reader.bounds(CANDIDATES, 0) == (0, 20 * round_ + 20)
+        assert [r.value for r in reader.read(CANDIDATES, 0, 20 * round_, 99)] == [b"%d" % i for i in range(20 * round_, 20 * round_ + 20)]
+
+
 def test_brokers_that_stay_away_end_in_retryable_or_in_a_new_process_never_in_silence(open_log, cluster):
     log = open_log(delivery_timeout_s=2.0, request_timeout_s=1.0)
     log.ensure_topic(CANDIDATES, 2)
