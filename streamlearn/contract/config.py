@@ -99,6 +99,11 @@ class KafkaConfig(Section):
             raise ValueError(f"min_insync = {self.min_insync} is over replication = {self.replication}: nothing could ever be written")
         if self.security.startswith("SASL") and not (self.sasl_mechanism and self.sasl_username):
             raise ValueError(f"security = {self.security!r} needs sasl_mechanism and sasl_username")
+        if self.delivery_timeout_s < self.request_timeout_s + 0.5:  # the producer's own rule, with room for its linger
+            raise ValueError(
+                f"delivery_timeout_s = {self.delivery_timeout_s:g} leaves no time for one request of request_timeout_s = "
+                f"{self.request_timeout_s:g}: set it to at least half a second more"
+            )
         return self
 
 

@@ -191,6 +191,10 @@ def test_the_password_comes_from_a_file_or_the_environment(tmp_path, monkeypatch
     [
         ('[log]\nkind = "kafka"\n', "needs log.kafka.servers"),
         ('[log.kafka]\nservers = ["a:1"]\nreplication = 1\n', "min_insync = 2 is over replication = 1"),
+        (
+            '[log.kafka]\nservers = ["a:1"]\nrequest_timeout_s = 10.0\ndelivery_timeout_s = 10.0\n',
+            "delivery_timeout_s = 10 leaves no time for one request",
+        ),
         ('[log.kafka]\nservers = ["a:1"]\nsecurity = "SASL_SSL"\n', "needs sasl_mechanism and sasl_username"),
     ],
 )
