@@ -243,17 +243,11 @@ class Packer:
 
     def _store(self, unit: Unit, offset: int, candidate: Candidate, got: Fetched) -> Outcome:
         sha256 = hashlib.sha256(got.body).hexdigest()
+        taken = Taken(offset, candidate, got)
         if candidate.purpose == REFRESH and candidate.sha256 == sha256:
-            return _plain(Taken(offset, candidate, got), DUPLICATE, "same_bytes", got.http_status)
+            return _plain(taken, DUPLICATE, "same_bytes", got.http_status)
         if unit.known.get(candidate.url) == sha256:
-            return Outcome(
-                offset=offset,
-                outcome=DUPLICATE,
-                reason="same_url_same_bytes",
-                url=candidate.url,
-                sha256=sha256,
-                source=candidate.source,
-            )
+            return dataclasses.replace(_plain(taken, DUPLICATE, "same_url_same_bytes", got.http_status), sha256=sha256)
         fields: dict[str, Any] = {
             "url": candidate.url,
             "final_url": got.final_url,

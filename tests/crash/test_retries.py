@@ -1,5 +1,7 @@
 """Who decides that a candidate is tried again, and that it is tried once: the packer's seams one by one."""
 
+from dataclasses import replace
+
 import pytest
 
 from ingest.fetch.client import Fetched, Unanswered
@@ -66,6 +68,18 @@ def test_what_the_log_has_dropped_is_retried_from_the_sidecar(tmp_path):
         later = Candidate.from_json(record.value)
         assert (later.url, later.source_ref, later.attempt, later.origin) == (candidate.url, "7", 1, "candidates/0/0")
         place.log.commit(GROUP, {(CANDIDATES, 0): 0})  # a zombie sets it back: nothing is owed all the same
+
+
+def test_of_one_url_met_twice_and_deferred_twice_each_sidecar_row_says_whose_end_it_is(tmp_path):
+    place, candidate = place_of_one(tmp_path)
+    body = picture(1)
+    got = Fetched(body, screen(body, max_pixels=10**6, min_side=8), candidate.url, "2026-11-21T00:00:00Z", 200)
+    packer, unit = Packer(place.log, place.store, place.catalog, retry_delays_s=(0.1,)), Unit(retry_topic(0), 0, 0, tmp_path / "0.tar", 0.0)
+    for offset, origin in enumerate(("candidates/0/0", "candidates/0/5")):
+        packer.add(unit, Taken(offset, replace(candidate, attempt=1, origin=origin), got))
+    told = [(o.outcome, o.origin, o.attempt, o.source_ref, o.http_status) for o in unit.outcomes]
+    assert told == [(STORED, "candidates/0/0", 1, "7", 200), (DUPLICATE, "candidates/0/5", 1, "7", 200)]
+    assert unit.outcomes[1].sha256 == unit.outcomes[0].sha256
 
 
 def test_a_retry_that_stands_in_the_log_twice_is_stored_once(tmp_path):
