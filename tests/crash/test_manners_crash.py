@@ -6,7 +6,7 @@ import time
 
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.config import FetchConfig
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, HOSTS, NewRecord, partition_of, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, HOSTS, NewRecord, SqliteLog, partition_of, retry_topic
 from tests.adapters.kafka import MockCluster, mock_config, open_mocked
 from tests.crash.fetchers import Fetchers
 from tests.ingest.manners import Rules, Town, audit, changes_of_asker
@@ -125,3 +125,31 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
     finally:
         log.close()
         cluster.close()
+
+
+def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_path):
+    """Embedded: no group, no brokers; the restart is quick, so that what is forgotten would show."""
+    plain, delayed, busy = PLAIN[0], DELAYED[0], PLAIN[1]
+    rules = Rules(rate=0.25, burst=4, per_host=2, delays={delayed: 8.0})
+    town = Town([plain, delayed, busy], delays=rules.delays)
+    fetchers = Fetchers(tmp_path, None, settings(host_rate=rules.rate, host_burst=rules.burst, max_wait_s=10.0), PARTITIONS)
+    watch = Watch(town, fetchers)
+    log = SqliteLog(tmp_path / "log.sqlite")
+    for topic in (CANDIDATES, HOSTS):
+        log.ensure_topic(topic, PARTITIONS)
+    with town.open(), fetchers.ending():
+        feed_to = [town.url(host, f"/{i}.jpg") for i in range(40) for host in (plain, delayed, busy)]
+        told = [Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z") for url in feed_to]
+        log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in told])
+        fetchers.start("a")
+        watch.busy(busy, 20)
+        fetchers.wait(lambda: sum(hit.host == plain for hit in town.log()) >= 3 and watch.hosts("a") >= {delayed})
+        fetchers.wait(lambda: b"hold_until" in log.table(HOSTS).get(busy.encode(), b""))
+        fetchers.kill("a")
+        fetchers.start("b")
+        fetchers.wait(lambda: watch.hosts("b") >= {plain, delayed})
+        assert fetchers.stop("b") == 0
+        fetchers.start("c")
+        fetchers.wait(lambda: watch.hosts("c") == {plain, delayed, busy})
+        assert fetchers.stop("c") == 0
+    assert audit(town.log(), rules) == []
