@@ -130,7 +130,7 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
 def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_path):
     """Embedded: no group, no brokers; the restart is quick, so that what is forgotten would show."""
     plain, delayed, busy = PLAIN[0], DELAYED[0], PLAIN[1]
-    rules = Rules(rate=0.25, burst=4, per_host=2, delays={delayed: 8.0})
+    rules = Rules(rate=0.5, burst=4, per_host=2, delays={delayed: 5.0})
     town = Town([plain, delayed, busy], delays=rules.delays)
     fetchers = Fetchers(tmp_path, None, settings(host_rate=rules.rate, host_burst=rules.burst, max_wait_s=10.0), PARTITIONS)
     watch = Watch(town, fetchers)
@@ -142,7 +142,7 @@ def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_pa
         told = [Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z") for url in feed_to]
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in told])
         fetchers.start("a")
-        watch.busy(busy, 20)
+        watch.busy(busy, 12)
         fetchers.wait(lambda: sum(hit.host == plain for hit in town.log()) >= 3 and watch.hosts("a") >= {delayed})
         fetchers.wait(lambda: b"hold_until" in log.table(HOSTS).get(busy.encode(), b""))
         fetchers.kill("a")
