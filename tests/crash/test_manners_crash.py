@@ -74,6 +74,12 @@ class Watch:
 
         self.fetchers.wait(done)
 
+    def handed_over(self):
+        """Whether a redirect was followed by another than the one that met it."""
+        met = {hit.path: hit.asker for hit in self.town.log() if hit.path.startswith("/to/")}
+        followed = [(hit.path.removeprefix("/from/"), hit.asker) for hit in self.town.log() if hit.path.startswith("/from/")]
+        return any(met["/" + path.partition("/")[2]] != asker for path, asker in followed)
+
     def busy(self, host, after_s):
         """Let a host name a time, and wait until it has."""
         before = self.town.told(host)
@@ -85,7 +91,7 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
     cluster = MockCluster()
     for topic in TOPICS:
         cluster.make_topic(topic, PARTITIONS)
-    town = Town([*PLAIN, *SLOW, *DELAYED, *SPARE], delays=RULES.delays, takes=dict.fromkeys(SLOW, 6.0))
+    town = Town([*PLAIN, *SLOW, *DELAYED, *SPARE], delays=RULES.delays, takes=dict.fromkeys(SLOW, 5.0))
     fetchers = Fetchers(tmp_path, mock_config(cluster), settings(), PARTITIONS)
     watch = Watch(town, fetchers)
     log = open_mocked(cluster)
@@ -102,14 +108,15 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
             fetchers.wait(lambda: watch.hosts("a", joined) & set(PLAIN))
 
             (host, *_) = sorted(watch.hosts("a", joined) & set(PLAIN))
-            watch.busy(host, 15)
+            watch.busy(host, 12)
             theirs, now = watch.hosts("a", joined) - set(SPARE), time.monotonic()
             assert fetchers.stop("a") == 0  # at once: what the host has asked for is told on the way out
             watch.asked_by_others(theirs - {host}, "a", now)
 
+            fetchers.wait(watch.handed_over)
             theirs = watch.hosts("b", now) - set(SPARE) - {host}
             second = min(theirs & set(PLAIN))
-            watch.busy(second, 15)
+            watch.busy(second, 12)
             fetchers.wait(lambda: b"hold_until" in log.table(HOSTS).get(second.encode(), b""))
             now = time.monotonic()
             fetchers.kill("b")
@@ -130,7 +137,7 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
 def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_path):
     """Embedded: no group, no brokers; the restart is quick, so that what is forgotten would show."""
     plain, delayed, busy = PLAIN[0], DELAYED[0], PLAIN[1]
-    rules = Rules(rate=0.5, burst=4, per_host=2, delays={delayed: 5.0})
+    rules = Rules(rate=0.5, burst=4, per_host=2, delays={delayed: 7.0})
     town = Town([plain, delayed, busy], delays=rules.delays)
     fetchers = Fetchers(tmp_path, None, settings(host_rate=rules.rate, host_burst=rules.burst, max_wait_s=10.0), PARTITIONS)
     watch = Watch(town, fetchers)
@@ -142,12 +149,12 @@ def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_pa
         told = [Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z") for url in feed_to]
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in told])
         fetchers.start("a")
-        watch.busy(busy, 12)
+        watch.busy(busy, 10)
         fetchers.wait(lambda: sum(hit.host == plain for hit in town.log()) >= 3 and watch.hosts("a") >= {delayed})
         fetchers.wait(lambda: b"hold_until" in log.table(HOSTS).get(busy.encode(), b""))
         fetchers.kill("a")
         fetchers.start("b")
-        fetchers.wait(lambda: watch.hosts("b") >= {plain, delayed})
+        fetchers.wait(lambda: watch.hosts("b") >= {plain, delayed} and sum("(b)" in hit.asker for hit in town.log()) >= 4)
         assert fetchers.stop("b") == 0
         fetchers.start("c")
         fetchers.wait(lambda: watch.hosts("c") == {plain, delayed, busy})
