@@ -47,7 +47,7 @@ def elsewhere(site, path):
 
 def to_theirs(site, path):
     """A redirect; where the site is, is known once it has started."""
-    return lambda: to(elsewhere(site, path))()
+    return lambda: web.Response(status=302, headers={"Location": elsewhere(site, path)})
 
 
 class BothHosts(Watched):
