@@ -29,6 +29,7 @@ Ended by           what is lost                                              wha
 The one embedded fetcher owns every number from its start, and comes by the same way.
 """
 
+import functools
 import json
 import logging
 import math
@@ -122,7 +123,12 @@ class Tenure:
         return frozenset(n for n in range(self.partitions) if all((topic, n) in owned for topic in self.topics))
 
     def _number(self, host: str) -> int:
-        return partition_of(host.encode(errors="replace"), self.partitions)
+        return _number(host, self.partitions)
+
+
+@functools.lru_cache(2**16)  # asked three times for each request
+def _number(host: str, partitions: int) -> int:
+    return partition_of(host.encode(errors="replace"), partitions)
 
 
 def records(hosts: Hosts, names: Iterable[str]) -> list[NewRecord]:

@@ -260,10 +260,12 @@ class KafkaLog:
         """Reads on from where it stood, so a second look costs only what is new."""
         at, values = self._newest.setdefault((topic, partition), (self.bounds(topic, partition)[0], {}))
         while records := self.read(topic, partition, at, 1000):
-            values |= {r.key: r.value for r in records}
+            for record in records:
+                if record.value:
+                    values[record.key] = record.value
+                else:
+                    values.pop(record.key, None)
             at = records[-1].offset + 1
-        for key in [key for key, value in values.items() if not value]:
-            del values[key]
         self._newest[topic, partition] = (at, values)
         return values
 
