@@ -21,18 +21,16 @@ from aiohttp import web
 from PIL import Image
 
 from bench import crash_s3
+from bench.web import hosts_of
 from streamlearn.contract.config import KafkaConfig, StoreConfig
-from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, HOSTS, SHARDS, TAKEDOWNS, partition_of, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, HOSTS, SHARDS, TAKEDOWNS, retry_topic
 from tests.adapters.faultproxy import Act, Fault, FaultProxy
 from tests.adapters.kafka import DROP, MockCluster
 from tests.adapters.s3 import CREDENTIALS, FOREIGN, ISOLATED, Bucket, s3_serving
 from tests.ingest.server import serving
 
 PARTITIONS = 3
-ADDRESSES = tuple(  # of the web server: a host whose partition number is 0, 1, 2
-    next(a for a in map("127.0.0.{}".format, range(1, 255)) if partition_of(a.encode(), PARTITIONS) == number)
-    for number in range(PARTITIONS)
-)
+ADDRESSES = hosts_of(PARTITIONS)  # of the web server
 RETRIES = (0.5, 0.5, 0.5)  # s; a retry topic each
 TOPICS = (CANDIDATES, *(retry_topic(i) for i in range(len(RETRIES))))
 OTHERS = (DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS, HOSTS)  # that the role asks for

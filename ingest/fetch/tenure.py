@@ -94,7 +94,7 @@ class Tenure:
 
     def read(self, new: frozenset[int]) -> dict[str, object]:
         """Step 2: host -> what it has asked for.  Raises Retryable."""
-        found = {key.decode(errors="replace"): value for key, value in self.log.table(HOSTS).items()}
+        found = {key.decode(): value for key, value in self.log.table(HOSTS).items() if key.isascii()}  # as names of hosts are
         return {name: _json(value) for name, value in found.items() if self._number(name) in new}
 
     def finish(self, new: frozenset[int], asked_for: dict[str, object], hosts: Hosts) -> None:

@@ -92,11 +92,12 @@ def test_whoever_comes_and_goes_a_number_has_one_owner_in_all_topics_and_the_loa
         assert max(map(len, numbers.values())) - min(map(len, numbers.values())) <= 1 and early == set()
 
 
-def test_what_two_members_claim_neither_gets_before_both_have_let_go():
+@pytest.mark.parametrize("order", [("back", "heir"), ("heir", "back")])
+def test_what_two_members_claim_neither_gets_before_both_have_let_go(order):
     """One was taken for dead, its partitions were given away, and it comes back without having heard of it."""
     both = {TopicPartition(t, n) for t in TOPICS for n in (0, 1)}
     rest = {TopicPartition(t, n) for t in TOPICS for n in (2, 3)}
-    claimed = {"back": both, "heir": both | rest}
+    claimed = {name: {"back": both, "heir": both | rest}[name] for name in order}
     first = dealt(claimed, 4)
     assert not (first["back"] | first["heir"]) & both
     owned, early = settle(claimed, 4)
