@@ -4,6 +4,8 @@ import json
 import math
 import time
 
+import pytest
+
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.config import FetchConfig
 from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, HOSTS, NewRecord, SqliteLog, partition_of, retry_topic
@@ -87,6 +89,8 @@ class Watch:
         self.fetchers.wait(lambda: self.town.told(host) != before)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_path):
     cluster = MockCluster()
     for topic in TOPICS:
@@ -134,6 +138,8 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
         cluster.close()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_path):
     """Embedded: no group, no brokers; the restart is quick, so that what is forgotten would show."""
     plain, delayed, busy = PLAIN[0], DELAYED[0], PLAIN[1]
@@ -149,7 +155,7 @@ def test_one_fetcher_that_is_killed_and_started_again_goes_on_as_politely(tmp_pa
         told = [Candidate(url=url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z") for url in feed_to]
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in told])
         fetchers.start("a")
-        watch.busy(busy, 10)
+        watch.busy(busy, 8)
         fetchers.wait(lambda: sum(hit.host == plain for hit in town.log()) >= 3 and watch.hosts("a") >= {delayed})
         fetchers.wait(lambda: b"hold_until" in log.table(HOSTS).get(busy.encode(), b""))
         fetchers.kill("a")
