@@ -118,6 +118,7 @@ def test_no_host_is_asked_too_often_while_fetchers_join_stop_and_are_killed(tmp_
             watch.asked_by_others(theirs - {host}, "a", now)
 
             fetchers.wait(watch.handed_over)
+            fetchers.wait(lambda: (watch.hosts("b", now) & set(PLAIN)) - {host})
             theirs = watch.hosts("b", now) - set(SPARE) - {host}
             second = min(theirs & set(PLAIN))
             watch.busy(second, 12)
