@@ -31,7 +31,7 @@ from confluent_kafka import Producer
 
 from bench import crash_worker, crash_world
 from bench.crash_audit import Audit, Books, audit, settled
-from bench.crash_world import OTHERS, PARTITIONS, S3, TOPICS, Brokers, Context, spools
+from bench.crash_world import ADDRESSES, OTHERS, PARTITIONS, S3, TOPICS, Brokers, Context, spools
 from streamlearn.adapters.kafka_log import KafkaLog
 from streamlearn.adapters.s3_store import S3Store, delta_options
 from streamlearn.contract.candidate import Candidate
@@ -167,9 +167,8 @@ class Feeder:
             self.done = some.stop
 
     def _candidate(self, n: int) -> bytes:
-        return Candidate(
-            url=f"{self.world.base}/{n}.jpg", source="crash", source_ref=str(n), discovered_at="2026-11-21T00:00:00Z"
-        ).to_json()
+        base = self.world.base.replace(ADDRESSES[0], ADDRESSES[n % PARTITIONS])
+        return Candidate(url=f"{base}/{n}.jpg", source="crash", source_ref=str(n), discovered_at="2026-11-21T00:00:00Z").to_json()
 
 
 @dataclass

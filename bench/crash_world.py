@@ -21,17 +21,19 @@ from aiohttp import web
 from PIL import Image
 
 from bench import crash_s3
+from bench.web import hosts_of
 from streamlearn.contract.config import KafkaConfig, StoreConfig
-from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SHARDS, TAKEDOWNS, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, HOSTS, SHARDS, TAKEDOWNS, retry_topic
 from tests.adapters.faultproxy import Act, Fault, FaultProxy
 from tests.adapters.kafka import DROP, MockCluster
 from tests.adapters.s3 import CREDENTIALS, FOREIGN, ISOLATED, Bucket, s3_serving
 from tests.ingest.server import serving
 
 PARTITIONS = 3
+ADDRESSES = hosts_of(PARTITIONS)  # of the web server
 RETRIES = (0.5, 0.5, 0.5)  # s; a retry topic each
 TOPICS = (CANDIDATES, *(retry_topic(i) for i in range(len(RETRIES))))
-OTHERS = (DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS)  # that the role asks for
+OTHERS = (DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS, HOSTS)  # that the role asks for
 Kind = Literal["good", "flaky", "gone", "garbage", "never"]
 NOT_LEADER, COORDINATOR_LOADING, NOT_COORDINATOR = 6, 14, 16
 S3_FAULTS: tuple[Act, ...] = ("answer", "reset_before", "reset_after", "delay", "truncate")
@@ -91,7 +93,7 @@ class Site:
 
 
 def _serve(pipe: Connection) -> None:
-    with serving(Site()) as base:
+    with serving(Site(), ADDRESSES) as base:
         pipe.send(base)
         with contextlib.suppress(EOFError):  # our parent is gone: so are we
             pipe.recv()

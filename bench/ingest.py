@@ -29,7 +29,7 @@ from pathlib import Path
 
 from bench.real import DATA
 from bench.serve import load
-from bench.web import nginx
+from bench.web import hosts_of, nginx
 
 CONCURRENCY = 32
 PARTITIONS = 4
@@ -56,15 +56,17 @@ HEADER = f"{'':18s} {'images/s':>9s} {'+start-up':>9s} {'ms CPU':>9s} {'+start-u
 
 def ours(urls: Sequence[str], home: Path, processes: int) -> Result:
     """Each process owns a share of the partitions, as a consumer group would give it."""
-    from streamlearn.contract.candidate import Candidate
+    from streamlearn.contract.candidate import Candidate, politeness_key
     from streamlearn.contract.event_log import CANDIDATES, NewRecord, SqliteLog
     from streamlearn.contract.status import now
 
     log = SqliteLog(home / "log.sqlite")
     log.ensure_topic(CANDIDATES, PARTITIONS)
-    found = [Candidate(url=u, source="bench", source_ref=str(i), discovered_at=now()) for i, u in enumerate(urls)]
+    hosts = hosts_of(PARTITIONS)
+    spread = [u.replace("127.0.0.1", hosts[i % PARTITIONS]) for i, u in enumerate(urls)]
+    found = [Candidate(url=u, source="bench", source_ref=str(i), discovered_at=now()) for i, u in enumerate(spread)]
     for i in range(0, len(found), 10_000):
-        log.append([NewRecord(CANDIDATES, b"", c.to_json(), (i + j) % PARTITIONS) for j, c in enumerate(found[i : i + 10_000])])
+        log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in found[i : i + 10_000]])
     began = time.perf_counter()
     command = [sys.executable, "-m", "bench.ingest", "--worker", str(home)]
     workers = [subprocess.Popen([*command, f"{i}/{processes}"], stdout=subprocess.PIPE, text=True) for i in range(processes)]
@@ -94,7 +96,7 @@ def work(home: Path, share: str) -> None:
 
     class Share(SqliteLog):
         def subscribe(self, group: str, topics: Sequence[str]) -> Subscription:
-            return AllOfThem(frozenset((CANDIDATES, p) for p in mine))
+            return AllOfThem(frozenset((topic, p) for topic in topics for p in mine))
 
     fetch = FetchConfig(allow_networks=("127.0.0.0/8",), concurrency=CONCURRENCY, per_host=CONCURRENCY, host_rate=0)
     log, store = Share(home / "log.sqlite"), FolderStore(home / "store")

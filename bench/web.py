@@ -1,4 +1,4 @@
-"""nginx on loopback over a folder of images: the server of the ingest benchmarks, so that it is not what is measured."""
+"""nginx on loopback, under several addresses, over a folder of images: the server of the ingest benchmarks, so that it is not what is measured."""
 
 import contextlib
 import os
@@ -9,6 +9,8 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from streamlearn.contract.event_log import partition_of
 
 CONFIG = """
 daemon off;
@@ -22,11 +24,18 @@ http {{
   client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3; uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
   types {{ image/jpeg jpg; text/plain txt; }}
   sendfile on; tcp_nopush on; keepalive_requests 1000000;
-  server {{ listen 127.0.0.1:{http}; root {folder}/files; }}
-  server {{ listen 127.0.0.1:{https} ssl; ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem; root {folder}/files; }}
+  server {{ {http_at} root {folder}/files; }}
+  server {{ {https_at} ssl_certificate {folder}/cert.pem; ssl_certificate_key {folder}/key.pem; root {folder}/files; }}
 }}
 """
-SUBJECT = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-addext", "basicConstraints=critical,CA:TRUE"]
+HOSTS = tuple(f"127.0.0.{i}" for i in range(1, 17))
+SUBJECT = ["-subj", "/CN=localhost", "-addext", f"subjectAltName=DNS:localhost,{','.join(f'IP:{host}' for host in HOSTS)}"]
+SUBJECT += ["-addext", "basicConstraints=critical,CA:TRUE"]
+
+
+def hosts_of(partitions: int) -> tuple[str, ...]:
+    """For each partition number a host of this machine whose number it is: a host is asked by its owner only."""
+    return tuple(next(h for h in HOSTS if partition_of(h.encode(), partitions) == number) for number in range(partitions))
 
 
 @contextlib.contextmanager
@@ -43,7 +52,8 @@ def nginx(images: Sequence[bytes], folder: Path) -> Iterator[tuple[str, str, Pat
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(folder / "key.pem")]
     subprocess.run([*make, "-out", str(folder / "cert.pem"), *SUBJECT], check=True, capture_output=True)
     http, https = _free_port(), _free_port()
-    (folder / "nginx.conf").write_text(CONFIG.format(user="user root;" if os.geteuid() == 0 else "", folder=folder, http=http, https=https))
+    at = {"http_at": _listen(http, ""), "https_at": _listen(https, " ssl")}
+    (folder / "nginx.conf").write_text(CONFIG.format(user="user root;" if os.geteuid() == 0 else "", folder=folder, **at))
     server = subprocess.Popen([binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
     try:
         _wait_for(https)
@@ -51,6 +61,10 @@ def nginx(images: Sequence[bytes], folder: Path) -> Iterator[tuple[str, str, Pat
     finally:
         server.terminate()
         server.wait()
+
+
+def _listen(port: int, how: str) -> str:
+    return " ".join(f"listen {host}:{port}{how};" for host in HOSTS)
 
 
 def _trust(folder: Path) -> Path:

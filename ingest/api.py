@@ -116,8 +116,8 @@ class Api:
 
     def offsets(self, name: str) -> dict[str, Any]:
         self.entry(name)
-        state = load(self.log.latest(SOURCE_STATE, name.encode()))
-        cursor = state and state["cursor"]
+        state = load(name, self.log.latest(SOURCE_STATE, name.encode()))
+        cursor = state and state[0]
         return {"offsets": [] if cursor is None else [{"partition": {"connector": name}, "offset": cursor}]}
 
     def forget(self, name: str) -> dict[str, str]:

@@ -290,14 +290,17 @@ class Packer:
         return f"{place_name(self.log, unit.topic)}/{unit.partition}/{taken.offset}"
 
     def _retry(self, place: str, candidate: Candidate, index: int, why: Unanswered) -> NewRecord:
+        via, hops = (why.via, why.hops) if why.via or why.asked else (candidate.via, candidate.hops)  # a new attempt begins at the URL
         later = dataclasses.replace(
             candidate,
+            via=via,
+            hops=hops,
             attempt=candidate.attempt + why.asked,
             waits=candidate.waits + (not why.asked),
-            not_before=self.clock() + max(self.retry_delays_s[index], why.after_s),
+            not_before=self.clock() + (0.0 if why.via else max(self.retry_delays_s[index], why.after_s)),  # handed over: at once
             origin=candidate.origin or place,  # where it first stood in the log
         )
-        return NewRecord(retry_topic(index), politeness_key(candidate.url), later.to_json(MAX_BYTES + ROOM))
+        return NewRecord(retry_topic(index), politeness_key(via or candidate.url), later.to_json(MAX_BYTES + ROOM))
 
 
 def group_of(log: EventLog) -> str:

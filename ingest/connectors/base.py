@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import Section
+from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.event_log import SOURCE_STATE
 
 Cursor = dict[str, Any]
 BATCH = 500  # candidates in one append
@@ -55,5 +57,19 @@ def dump(state: dict[str, Any]) -> bytes:
     return json.dumps(state, separators=(",", ":")).encode()
 
 
-def load(data: bytes | None) -> dict[str, Any] | None:
-    return None if data is None else dict(json.loads(data))
+def load(name: str, data: bytes | None) -> tuple[Cursor | None, dict[int, int]] | None:
+    """The cursor of a connector, and the ends of the candidates' partitions when it was recorded.  Raises ConfigError for anything else."""
+    if data is None:
+        return None
+    try:
+        state = json.loads(data)
+        cursor, ends = state["cursor"], {int(p): int(end) for p, end in state["ends"].items()}
+        if not isinstance(cursor, dict | None):
+            raise TypeError("cursor")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ConfigError(
+            f"connector {name}: the topic {SOURCE_STATE} holds {data[:200]!r}, which is no cursor with its ends: another version or somebody "
+            f"else wrote it. Run the version that did; or begin anew, and announce everything again: stop the connector and DELETE "
+            f"/connectors/{name}/offsets, or give it another name"
+        ) from e
+    return cursor, ends

@@ -129,13 +129,13 @@ class Source:
         self.connector.close()
 
     def _resume(self) -> None:
-        state = load(self.log.latest(SOURCE_STATE, self.name.encode()))
+        state = load(self.name, self.log.latest(SOURCE_STATE, self.name.encode()))
         places = range(self.log.partitions(CANDIDATES))
         if state is None:  # from now on a death can be mended
             self.cursor, self.ends = None, {p: self.log.bounds(CANDIDATES, p)[1] for p in places}
             self._record()
         else:
-            self.cursor, self.ends = state["cursor"], {int(p): int(end) for p, end in state["ends"].items()}
+            self.cursor, self.ends = state
             self.recorded = time.monotonic()
         self.told = {key for p in places for key in self._told(p, self.ends.get(p, 0))}
 

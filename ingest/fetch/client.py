@@ -3,11 +3,12 @@
 * Unchanged      a value: a refresh heard 304, what is stored is what is there
 * Refused        a value: counted, dead-lettered, the offset moves on (ingest.fetch.screen.Reason)
 * Unanswered     a value: every quick try failed in a way that may pass (5xx, 429, resets, time-outs, DNS), or it is not this host's turn,
-                 or its robots.txt cannot be had: deferred to a retry topic
+                 or its robots.txt cannot be had, or it is another owner's to ask: deferred to a retry topic
 * anything else  a bug: the process ends with its traceback and is restarted
 
-Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint; denied.py), then its origin's robots.txt (robots.py), then a turn
-is taken with its host (hosts.py), then it is asked for; the answer's headers may opt out (optout.py) before its body is read.
+Each hop, the first URL and every redirect alike: the URL is judged (guard.complaint; denied.py), then whether its host is ours to ask (tenure.py), then
+its origin's robots.txt (robots.py), then a turn is taken with its host (hosts.py), then it is asked for; the answer's headers may opt out
+(optout.py) before its body is read.  A candidate that leads to a host of another owner is handed over to that one, at the address it has come to.
 
 Caps on connect time, total time, redirects, bytes; addresses checked on the socket (guard.py), for robots.txt too;
 one TLS context and one connection pool for the process; no proxies, no cookies, no credentials.
@@ -29,10 +30,10 @@ from yarl import URL
 from ingest.denied import Denied
 from ingest.fetch import optout, robots
 from ingest.fetch.guard import AddressRefused, Guard, complaint
-from ingest.fetch.hosts import Busy, Hosts, Turn, host_of, retry_after_s
+from ingest.fetch.hosts import Busy, Hosts, Rights, Turn, retry_after_s
 from ingest.fetch.screen import Reason, Refused, Seen, screen
 from ingest.fetch.transport import Answer, BadUrl, Broken, Transport
-from streamlearn.contract.candidate import REFRESH, Candidate
+from streamlearn.contract.candidate import REFRESH, VIA_CHARS, Candidate, host_of
 from streamlearn.contract.config import FetchConfig
 from streamlearn.contract.errors import Retryable
 from streamlearn.contract.status import now
@@ -70,6 +71,8 @@ class Unanswered:
     detail: str
     after_s: float = 0.0
     asked: bool = True  # false: it was not the host's turn, nobody asked
+    via: str = ""  # another owner is to go on from here
+    hops: int = 0  # redirects on the way there
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,25 @@ class _Again(Exception):
         self.after_s, self.asked = after_s, asked
 
 
+class _Elsewhere(Exception):
+    """The next address is of a host that another owner asks."""
+
+    def __init__(self, via: str, hops: int):
+        super().__init__(f"{via} is another owner's to ask for")
+        self.via, self.hops = via, hops
+
+
 class Client:
     """One per process.  Use as an async context."""
 
-    def __init__(self, config: FetchConfig, folders: Callable[[], tuple[Path, ...]] = tuple):
+    def __init__(self, config: FetchConfig, folders: Callable[[], tuple[Path, ...]] = tuple, rights: Rights | None = None):
         """`folders` tells, resolved, what `file:` candidates may name; asked again where one names something else.  May raise Retryable."""
         self.config, self.guard = config, Guard(config.allow_networks)
         self._folders, self.folders = folders, folders()
         self.token = robots.product_token(config.user_agent)
-        self.hosts = Hosts(config)
+        self.hosts = Hosts(config, rights)
         self.denied = Denied()  # what was taken down; whoever owns us replaces it
-        self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's turn takes up none of it
+        self._under_way: dict[asyncio.Timeout, str] = {}  # requests, and the host that must be ours for them
         self.robots = robots.Robots(
             self._robots_txt,
             token=self.token,
@@ -154,20 +165,27 @@ class Client:
             if attempt:
                 await asyncio.sleep(self.config.backoff_s * 2 ** (attempt - 1))
             try:
-                return await self._try(candidate.url, _validators(candidate))
+                return await self._try(candidate)
+            except _Elsewhere as e:
+                return Unanswered(str(e), asked=False, via=e.via, hops=e.hops)
             except _Again as e:
                 answer = Unanswered(str(e), e.after_s, e.asked or attempt > 0)
                 if e.after_s:
                     break  # it was said when to come back: no quick tries before that
         return answer
 
-    async def _try(self, url: str, validators: dict[str, str]) -> Fetched | Refused | Unchanged:
-        left, at, wanted = _Left(self.config.total_timeout_s), _address(url), self._wanted(validators)
-        for hop in range(self.config.max_redirects + 1):
+    async def _try(self, candidate: Candidate) -> Fetched | Refused | Unchanged:
+        left, wanted = _Left(self.config.total_timeout_s), self._wanted(_validators(candidate))
+        at = _address(candidate.via or candidate.url)
+        for hop in range(candidate.hops, self.config.max_redirects + 1):
             if isinstance(at, str):
                 return Refused(Reason.BAD_URL, f"{at} (after a redirect)" if hop else at)
             if self.denied.url(str(at)):
                 return _taken_down()
+            if not self.hosts.ours(host_of(at)):
+                if len(str(at)) > VIA_CHARS:
+                    return Refused(Reason.BAD_URL, f"{len(str(at))} characters (after a redirect)")
+                raise _Elsewhere(str(at), hop)
             delay_s = await self._permission(at)
             if isinstance(delay_s, Refused):
                 return delay_s
@@ -178,7 +196,7 @@ class Client:
                 seen = await self._screen(found.data)
                 if isinstance(seen, Refused):
                     return Refused(seen.reason, seen.detail, 200)
-                return Fetched(found.data, seen, str(at) if hop else url, now(), 200, found.etag, found.last_modified)
+                return Fetched(found.data, seen, str(at) if hop else candidate.url, now(), 200, found.etag, found.last_modified)
             at = _address(found, at)
         return Refused(Reason.REDIRECTS, f"more than {self.config.max_redirects}")
 
@@ -196,29 +214,40 @@ class Client:
             return Refused(Reason.CRAWL_DELAY, f"{delay_s:g} s between requests, over {self.config.max_crawl_delay_s:g}")
         return delay_s
 
-    async def _request(self, url: URL, delay_s: float | None, left: _Left, wanted: "_Wanted[T]") -> T | Refused:
+    async def leave(self) -> None:
+        """End the requests to hosts that are not ours any more; back once none is on its way."""
+        while gone := [limit for limit, host in self._under_way.items() if host and not self.hosts.ours(host)]:
+            for limit in (one for one in gone if not one.expired()):
+                limit.reschedule(0.0)  # the clock is past that
+            await asyncio.sleep(0.001)
+
+    async def _request(self, url: URL, delay_s: float | None, left: _Left, wanted: "_Wanted[T]", *, guest: bool = False) -> T | Refused:
         """One request, in its host's turn, and what is made of the answer.  Raises _Again."""
-        turn = await self.hosts.turn(host_of(url), delay_s)
+        host = host_of(url)
+        turn = await self.hosts.turn(host, delay_s, guest=guest)
         if isinstance(turn, Busy):
             raise _Again(turn.why, turn.after_s, asked=False)
         with turn:
-            async with self.room:
-                began = time.monotonic()
-                try:
-                    async with asyncio.timeout(max(0.001, left.seconds)):
-                        answer = await self._transport.get(str(url), wanted.headers, cap=wanted.cap)
-                except TimeoutError:
-                    turn.ok = False
-                    raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
-                except AddressRefused as e:
-                    return Refused(Reason.ADDRESS, str(e.strerror))
-                except BadUrl as e:
-                    return Refused(Reason.BAD_URL, str(e))
-                except Broken as e:
-                    turn.ok = False
-                    raise _Again(str(e)) from e
-                finally:
-                    left.seconds -= time.monotonic() - began
+            began, limit = time.monotonic(), asyncio.timeout(max(0.001, left.seconds))
+            try:
+                async with limit:
+                    self._under_way[limit] = "" if guest else host
+                    answer = await self._transport.get(str(url), wanted.headers, cap=wanted.cap)
+            except TimeoutError:
+                if not guest and not self.hosts.ours(host):
+                    raise _Again(f"{host} changes hands", 1.0) from None
+                turn.ok = False
+                raise _Again(f"no whole answer within {self.config.total_timeout_s:g} s") from None
+            except AddressRefused as e:
+                return Refused(Reason.ADDRESS, str(e.strerror))
+            except BadUrl as e:
+                return Refused(Reason.BAD_URL, str(e))
+            except Broken as e:
+                turn.ok = False
+                raise _Again(str(e)) from e
+            finally:
+                left.seconds -= time.monotonic() - began
+                self._under_way.pop(limit, None)
             self._raise_if_it_may_pass(answer, turn)
             turn.ok = answer.status < 500
         return wanted.read(answer)
@@ -264,11 +293,16 @@ class Client:
         return optout.refusal(answer.headers.items(), token=self.token, respect_noindex=self.config.respect_noindex)
 
     async def _robots_txt(self, url: URL) -> robots.Page:
-        """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request."""
+        """An origin's robots.txt: guarded, capped and in its hosts' turns like any other request.
+
+        Where it is redirected to another host (RFC 9309, 2.3.1.2), that one is asked by whoever owns the first, once for each time that the
+        rules are read: to hand that over would tell the rules to the wrong one.
+        """
         left = _Left(self.config.total_timeout_s)
+        first = host_of(url)
         try:
             for _ in range(_ROBOTS_REDIRECTS + 1):
-                found = await self._request(url, None, left, _ROBOTS)
+                found = await self._request(url, None, left, _ROBOTS, guest=host_of(url) != first)
                 if isinstance(found, Refused):  # by our guard: its URLs will be refused with the same reason, without an answer of theirs
                     return robots.Page(403, detail=found.detail, passing=True)
                 if isinstance(found, robots.Page):

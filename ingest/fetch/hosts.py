@@ -1,4 +1,4 @@
-"""When a host may be asked: slots, spacing, holds and a breaker, all local because one partition of the log has one owner.
+"""When a host may be asked: slots, spacing, holds and a breaker, all local because a host has one owner at a time (tenure.py).
 
 A turn is asked for and comes at once, after a wait of at most `max_wait_s`, or not at all: Busy, a value, says when to come back.  Nothing
 here sleeps longer than that, so one slow host never stalls a lane; the caller turns Busy into a retry.
@@ -7,9 +7,11 @@ here sleeps longer than that, so one slow host never stalls a lane; the caller t
   spacing   a token bucket: `host_rate` starts a second, `host_burst` at once; under a Crawl-delay no burst, at least that long between two
   hold      the server named a time (Retry-After): nobody asks before it
   breaker   closed -> `breaker_failures` failures in a row -> open for `breaker_s` -> one trial -> closed, or open for twice as long
-  global    `global_rate` starts a second over all hosts
+  global    `global_rate` starts a second over all hosts, `concurrency` requests in flight to all of them
+  rights    only its owner asks a host.  What the owner before has asked is not known: it is taken to have been all that it was allowed, until
+            the moment of taking over, so the first start is a whole spacing later, and there is no burst
 
-What must survive a restart is exported in wall-clock seconds; the rest is measured on a monotonic clock.
+What must outlive its owner (`news`, `kept`, `take_up`) is told in wall-clock seconds; the rest is measured on a monotonic clock.
 """
 
 import asyncio
@@ -21,9 +23,7 @@ from dataclasses import dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any
-
-from yarl import URL
+from typing import Any, Protocol
 
 from streamlearn.contract.config import FetchConfig
 
@@ -31,6 +31,7 @@ DAY_S = 86400.0  # no server holds us longer at a time
 BREAKER_MAX_S = 3600.0
 SPREAD_S = 3600.0  # callers turned away get places up to here: a retry topic is read in order, a far head would hold up the others
 SLACK_S = 1.0  # beyond max_wait_s: spacing is estimated exactly when one queues; this only bounds waiting for a slot
+UNSURE_S = 0.1  # between looks at whether we may ask at all
 LOOK = 64  # idle entries looked for at a time when the table is full
 NEVER = -math.inf
 
@@ -41,6 +42,26 @@ class Busy:
 
     after_s: float
     why: str
+
+
+class Rights(Protocol):
+    """Who may ask whom."""
+
+    def since(self, host: str) -> float:
+        """Since when a host is ours to ask, in monotonic seconds; infinite: it is not."""
+
+    def sure(self) -> bool:
+        """Whether that can be relied on now.  Nobody is asked while it cannot."""
+
+
+class Everyone:
+    """All hosts are ours, for ever."""
+
+    def since(self, host: str) -> float:
+        return NEVER
+
+    def sure(self) -> bool:
+        return True
 
 
 @dataclass(slots=True)
@@ -57,6 +78,10 @@ class _Bucket:
 
     def take(self, now: float) -> None:
         self.full_at = max(now, self.full_at) + self.spacing_s
+
+    def drain(self, at: float) -> None:
+        """As if everything that could be had by then has been taken."""
+        self.full_at = max(self.full_at, at + self.burst * self.spacing_s)
 
 
 @dataclass(slots=True)
@@ -77,6 +102,13 @@ class _Host:
     open_until: float = NEVER
     trial: bool = False  # the one request of a half-open breaker is under way
     promised: float = NEVER  # the furthest place given to a caller that was turned away
+    since: float = NEVER  # it is ours
+    told: float = NEVER  # when its Crawl-delay was last told to those who come after us
+
+    def begin(self, since: float) -> None:
+        """It was another's until then."""
+        self.since, self.last = since, max(self.last, since)
+        self.bucket.drain(since)
 
     def spacing_s(self) -> float:
         return max(self.bucket.spacing_s, self.delay_s)
@@ -105,14 +137,25 @@ class Turn:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hosts._end(self._host, trial=self.trial, ok=self.ok)
+        self._hosts._end(self, self._host)
 
 
 class Hosts:
     """One per process."""
 
-    def __init__(self, config: FetchConfig, *, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time):
-        self.config, self.clock, self.wall = config, clock, wall  # clock: the event loop's own, in seconds; wall: unix seconds
+    def __init__(
+        self,
+        config: FetchConfig,
+        rights: Rights | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
+        self.config, self.rights = config, rights or Everyone()
+        self.clock, self.wall = clock, wall  # clock: the event loop's own, in seconds; wall: unix seconds
+        self.room = asyncio.Semaphore(config.concurrency)  # requests in flight; whoever waits for a host's time takes up none of it
+        self.news: set[str] = set()  # hosts of which `kept` has changed; whoever has told it to the others takes them out
+        self.changed = asyncio.Event()  # there is news
         self._hosts: OrderedDict[str, _Host] = OrderedDict()  # least lately used first
         rate = config.global_rate
         self._all = _Bucket(1 / rate if rate else 0.0, max(1, int(rate)))  # a second's worth at once
@@ -120,25 +163,31 @@ class Hosts:
     def __len__(self) -> int:
         return len(self._hosts)
 
-    async def turn(self, name: str, delay_s: float | None = None) -> Turn | Busy:
+    def ours(self, name: str) -> bool:
+        return self.rights.since(name) < math.inf
+
+    async def turn(self, name: str, delay_s: float | None = None, *, guest: bool = False) -> Turn | Busy:
         """A slot for one request to a host, to be used as `with turn:` at once.
 
-        `delay_s`: the host's Crawl-delay, 0 for none; None when it is not known here: then as last said.
+        `delay_s`: the host's Crawl-delay, 0 for none; None when it is not known here: then as last said.  `guest`: it need not be ours.
         """
         host = self._entry(name)
         if host is None:
             return Busy(self.config.max_wait_s, f"{len(self)} hosts are being waited on: fetch.hosts")
+        since = self.rights.since(name)
+        if host.since < since < math.inf:
+            host.begin(since)
         if delay_s is not None:
-            host.delay_s = delay_s
+            self._slow_down(name, host, delay_s)
         if busy := self._shut(name, host) or self._queue_too_long(name, host):
             return busy
         host.waiting += 1
         try:
-            async with asyncio.timeout(self.config.max_wait_s + SLACK_S), host.gate:
+            async with asyncio.timeout(self.config.max_wait_s + SLACK_S) as limit, host.gate:
                 while host.in_flight >= self.config.per_host:
                     host.freed.clear()
                     await host.freed.wait()
-                return await self._start(name, host)
+                return await self._start(name, host, limit, guest)
         except TimeoutError:
             return Busy(self.config.max_wait_s, f"{name}: {host.in_flight} requests in flight for over {self.config.max_wait_s:g} s")
         finally:
@@ -148,19 +197,48 @@ class Hosts:
         """Nobody asks this host for so long, at most a day.  For a host whose turn is being had: that one is never forgotten."""
         if host := self._entry(name):
             host.hold_until = max(host.hold_until, self.clock() + min(seconds, DAY_S))
+            self.tell(name)
 
-    async def _start(self, name: str, host: _Host) -> Turn | Busy:
+    def _slow_down(self, name: str, host: _Host, delay_s: float) -> None:
+        now = self.clock()
+        if delay_s != host.delay_s or (delay_s and host.told + self.config.robots_ttl_s < now):
+            host.delay_s, host.told = delay_s, now
+            self.tell(name)
+
+    def tell(self, name: str) -> None:
+        """What `kept` says of a host is news."""
+        self.news.add(name)
+        self.changed.set()
+
+    async def _start(self, name: str, host: _Host, limit: asyncio.Timeout, guest: bool) -> Turn | Busy:
         """Wait for the host's time, then for everyone's.  Called at the head of the host's queue, with a slot free."""
         while (at := host.earliest(now := self.clock())) > now:
             if at - now > self.config.max_wait_s:
                 return Busy(at - now, f"{name}: its Crawl-delay grew to {host.delay_s:g} s")
             await asyncio.sleep(at - now)
+        limit.reschedule(None)  # for the host, it is time; from here on we wait for ourselves
+        await self.room.acquire()
+        turn: Turn | Busy | None = None
+        try:
+            turn = await self._begin(name, host, guest)
+            return turn
+        finally:
+            if not isinstance(turn, Turn):
+                self.room.release()
+
+    async def _begin(self, name: str, host: _Host, guest: bool) -> Turn | Busy:
+        """All that may say no is asked last: the request follows at once."""
+        now = self.clock()
         at = self._all.earliest(now)
         if at - now > self.config.max_wait_s:
             return Busy(at - now, f"over {self.config.global_rate:g} requests a second: fetch.global_rate")
         self._all.take(now)
         if at > now:
             await asyncio.sleep(at - now)
+        while not self.rights.sure():
+            await asyncio.sleep(UNSURE_S)
+        if not guest and host.since != self.rights.since(name):
+            return Busy(1.0, f"{name} changes hands")
         if busy := self._shut(name, host):  # held or opened while this one waited
             return busy
         now = self.clock()
@@ -170,7 +248,9 @@ class Hosts:
         host.trial = host.opened > 0
         return Turn(self, name, host, host.trial)
 
-    def _end(self, host: _Host, *, trial: bool, ok: bool | None) -> None:
+    def _end(self, turn: Turn, host: _Host) -> None:
+        trial, ok = turn.trial, turn.ok
+        self.room.release()
         host.in_flight -= 1
         host.freed.set()
         if trial:
@@ -186,6 +266,7 @@ class Hosts:
             host.opened = min(host.opened + 1, 32)
             longest = max(BREAKER_MAX_S, self.config.breaker_s)
             host.open_until = now + min(self.config.breaker_s * 2 ** (host.opened - 1), longest)
+            self.tell(turn.name)
 
     def _shut(self, name: str, host: _Host) -> Busy | None:
         now = self.clock()
@@ -228,30 +309,32 @@ class Hosts:
                 del self._hosts[name]
         return len(self._hosts) < before
 
-    def export(self) -> dict[str, Any]:
-        """What still matters after a restart: holds, open breakers, the last start where there is a Crawl-delay.  JSON, unix seconds."""
-        now, wall = self.clock(), self.wall()
-        found = {}
-        for name, host in self._hosts.items():
-            kept: dict[str, float] = {}
-            if host.hold_until > now:
-                kept["hold_until"] = wall + host.hold_until - now
-            if host.open_until > now:
-                kept |= {"open_until": wall + host.open_until - now, "opened": host.opened, "failures": host.failures}
-            if host.delay_s and host.last + host.delay_s > now:
-                kept |= {"last": wall + host.last - now, "delay_s": host.delay_s}
-            if kept:
-                found[name] = kept
-        return {"at": wall, "hosts": found}
+    def kept(self, name: str) -> dict[str, float]:
+        """What the next owner of a host must know: its hold, its open breaker, its Crawl-delay.  JSON, unix seconds; empty: nothing."""
+        host, now, wall = self._hosts.get(name), self.clock(), self.wall()
+        found: dict[str, float] = {}
+        if host is None:
+            return found
+        if host.hold_until > now:
+            found["hold_until"] = wall + host.hold_until - now
+        if host.open_until > now:
+            found |= {"open_until": wall + host.open_until - now, "opened": host.opened, "failures": host.failures}
+        if host.delay_s:
+            found |= {"delay_s": host.delay_s, "delay_until": wall + 2 * self.config.robots_ttl_s}  # told again before that
+        return found | ({"at": wall} if found else {})
 
-    def restore(self, state: object) -> None:
-        """Take up what `export` gave.  Never raises: what is not understood is left out, and no time is longer than it can have been."""
-        raw = state if isinstance(state, dict) else {}
-        hosts = raw.get("hosts")
+    def take_up(self, name: str, kept: object) -> bool:
+        """Take up what `kept` gave; whether there is still anything to it.
+
+        Never raises: what is not understood is left out, and no time is longer than it can have been.
+        """
+        raw = kept if isinstance(kept, dict) else {}
         wall = max(self.wall(), _number(raw.get("at"), 0.0))  # a clock that was set back makes nobody wait longer than when it was told
-        for name, kept in hosts.items() if isinstance(hosts, dict) else ():
-            if isinstance(name, str) and isinstance(kept, dict) and (host := self._entry(name)):
-                self._take_up(host, kept, wall)
+        if max(_number(raw.get(key), 0.0) for key in ("hold_until", "open_until", "delay_until")) <= wall:
+            return False
+        if host := self._entry(name):
+            self._take_up(host, raw, wall)
+        return True
 
     def _take_up(self, host: _Host, kept: dict[Any, Any], wall: float) -> None:
         now = self.clock()
@@ -263,14 +346,8 @@ class Hosts:
             host.opened = int(min(max(_number(kept.get("opened"), 1.0), 1.0), 32.0))
             host.failures = int(min(max(_number(kept.get("failures"), 1.0), 1.0), 1e6))
         delay = _number(kept.get("delay_s"), 0.0)
-        if delay > 0:
+        if delay > 0 and _number(kept.get("delay_until"), 0.0) > wall:
             host.delay_s = min(delay, DAY_S)
-            host.last = max(host.last, now - max(0.0, wall - _number(kept.get("last"), 0.0)))
-
-
-def host_of(url: URL) -> str:
-    """Who is asked: one key for every spelling of a host (case, IDNA, final dot), whatever the port."""
-    return (url.raw_host or "").lower().rstrip(".")
 
 
 def retry_after_s(value: str, wall: float) -> float:

@@ -33,7 +33,7 @@ class Lane:
         self.seen: set[str] = set()  # origins met in this partition (retry topics)
         self.parked: Record | None = None  # a retry that is not due yet
         self.window = max(2, fetcher.config.fetch.concurrency)
-        self.leaving = False  # the partition is another's now
+        self.leaving = False  # the partition is another's now; should it be ours again, another lane begins it
 
     async def run(self) -> None:
         try:
@@ -76,7 +76,8 @@ class Lane:
         room = self.window - len(self.waiting)
         if room <= 0 or not self.fetcher.room_for(self):
             return
-        for record in await self.fetcher.read(self.fetcher.log.read, self.topic, self.partition, self.next, room):
+        records = await self.fetcher.read(self.fetcher.log.read, self.topic, self.partition, self.next, room)
+        for record in records if not self.leaving else ():
             try:
                 candidate = Candidate.from_json(record.value)
             except Corrupt:
@@ -161,13 +162,23 @@ class Lane:
         if self.topic != CANDIDATES:
             self.seen = await self.fetcher.read(origins, self.fetcher.log, self.topic, self.partition, self.position)
 
-    def _drop(self) -> list[asyncio.Task[Taken]]:
-        """Let go of everything that is not sealed; the requests that were on their way."""
+    def leave(self) -> None:
+        """The partition was taken from us: nothing of it is asked for any more.  What is being sealed is sealed, or fenced."""
+        self.leaving = True
+        self._cancel()
+
+    def _cancel(self) -> list[asyncio.Task[Taken]]:
+        """The requests that were on their way."""
         tasks = [task for _, task in self.waiting]
         for task in tasks:
             task.cancel()
         self.waiting.clear()
         self.held = 0
+        return tasks
+
+    def _drop(self) -> list[asyncio.Task[Taken]]:
+        """Let go of everything that is not sealed; the requests that were on their way."""
+        tasks = self._cancel()
         if self.unit is not None:
             with contextlib.suppress(FileNotFoundError):
                 self.unit.drop()

@@ -1,13 +1,13 @@
 """The role `fetch`: candidates -> images -> shards, partition by partition, for ever.
 
-One lane for each partition that is ours (the consumer group shares them out among the fetchers): read ahead, fetch many at once, take the
-results in offset order, spool, seal.  Memory is bounded by the read-ahead window (`fetch.concurrency` requests over all lanes) times the
-byte cap; nothing piles up behind a slow store, because a lane that cannot seal does not read on.
+One lane for each partition that is ours (the consumer group shares them out among the fetchers; tenure.py says when to begin one and how
+to end it): read ahead, fetch many at once, take the results in offset order, spool, seal.  Memory is bounded by the read-ahead window
+(`fetch.concurrency` requests over all lanes) times the byte cap; nothing piles up behind a slow store, because a lane that cannot seal
+does not read on.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import shutil
 import threading
@@ -16,25 +16,26 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ingest.connectors.book import watched
 from ingest.denied import Denied
+from ingest.fetch import tenure
 from ingest.fetch.client import Client
 from ingest.fetch.lane import Lane
+from ingest.fetch.tenure import Place, Tenure
 from ingest.pack import Packer, Unit, group_of
-from streamlearn.contract import durable
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Retryable, StoreFull
+from streamlearn.contract.errors import Retryable
 from streamlearn.contract.event_log import (
     CANDIDATES,
     CONNECTOR_CONFIGS,
     DEAD_LETTERS,
+    HOSTS,
     SHARDS,
     TAKEDOWNS,
     EventLog,
-    Subscription,
     retry_topic,
 )
 from streamlearn.contract.metrics import FetchMetrics
@@ -45,10 +46,10 @@ from streamlearn.contract.status import Heartbeat, now
 WATCH_S = 0.25  # between looks at what is ours
 LAG_S = 1.0  # between measurements of the lag
 DENIED_S = 2.0  # between looks at what was taken down
-KEEP_S = 5.0  # between writings of what hosts asked for: a kill forgets no more than that
+AGAIN_S = 2.0  # before what could not be told is told again
+TAKE_S = 0.05  # between looks at whether there is something to take over
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-Place = tuple[str, int]
 
 
 def run_fetch(
@@ -82,7 +83,8 @@ class Fetcher:
     ):
         self.config, self.log, self.store, self.catalog, self.metrics, self.heart = config, log, store, catalog, metrics, heartbeat
         self.packer = Packer(log, store, catalog, retry_delays_s=config.fetch.retry_delays_s)
-        self.spool, self.hosts_file = home / "spool", home / "hosts.json"
+        self.spool = home / "spool"
+        self.telling = asyncio.Lock()  # whoever leaves waits for what is being told
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
         self.outcomes: Counter[str] = Counter()
         self.shards = self.images = 0  # sealed by this process
@@ -97,26 +99,27 @@ class Fetcher:
         shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
         self.spool.mkdir(parents=True)
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
-        for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS]:
+        for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS, HOSTS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
         self.before = self.catalog.totals()
         subscription = self.log.subscribe(group_of(self.log), topics)
+        self.tenure = Tenure(self.log, subscription, topics, self.config.log.partitions)
         try:
-            async with Client(self.config.fetch, lambda: watched(self.config, self.log)) as client:
-                client.hosts.restore(_json(self.hosts_file))
+            async with Client(self.config.fetch, lambda: watched(self.config, self.log), self.tenure) as client:
                 client.denied = Denied(await self.read(self.log.table, TAKEDOWNS))  # before anything is asked for
-                await self._work(client, subscription, stop)
-                self._write(client.hosts.export())
+                await self._work(client, stop)
+            await self._tell(client)  # nothing is on its way any more
         finally:
             subscription.close()
             self.reader.shutdown(wait=False)
 
-    async def _work(self, client: Client, subscription: Subscription, stop: threading.Event) -> None:
+    async def _work(self, client: Client, stop: threading.Event) -> None:
         """Keep a lane for each partition we own.  A lane ends by itself only by a bug: let it be seen."""
-        helpers = [asyncio.create_task(self._measure()), asyncio.create_task(self._keep(client)), asyncio.create_task(self._heed(client))]
+        helpers = [asyncio.create_task(c) for c in (self._measure(), self._take_over(client), self._keep(client), self._heed(client))]
         try:
             while not stop.is_set():
-                self._share_out(client, subscription.owned())
+                await self._leave(client)
+                self._share_out(client)
                 self.tell()
                 tasks = [*helpers, *(task for _, task in self.lanes.values())]
                 await asyncio.wait(tasks, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
@@ -133,11 +136,31 @@ class Fetcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _share_out(self, client: Client, owned: frozenset[Place]) -> None:
-        """A partition that was taken from us is left once its lane has finished what it is at; the catalog fences it from the new owner."""
-        for place, (lane, _) in self.lanes.items():
-            lane.leaving = place not in owned
-        for place in sorted(owned - self.lanes.keys()):
+    async def _leave(self, client: Client) -> None:
+        """A partition that was taken from us.  A unit that is being sealed goes on; the catalog fences it from the new owner."""
+        if gone := self.tenure.end():
+            for (_, number), (lane, _) in self.lanes.items():
+                if number in gone:
+                    lane.leave()
+            await client.leave()
+            await self._tell(client)
+        self.tenure.let_go()
+
+    async def _take_over(self, client: Client) -> None:
+        while True:
+            if new := self.tenure.begin():
+                try:
+                    self.tenure.finish(new, await self.read(self.tenure.read, new), client.hosts)
+                    self.full = ""
+                except Retryable as e:
+                    logger.error("waiting: %s", e)
+                    self.full = str(e)
+                    self.tenure.give_up(new)
+                    await asyncio.sleep(e.after_s)
+            await asyncio.sleep(TAKE_S)
+
+    def _share_out(self, client: Client) -> None:
+        for place in sorted(p for p in self.tenure.held - self.lanes.keys() if p[1] in self.tenure.taken):
             lane = Lane(self, client, *place)
             self.lanes[place] = (lane, asyncio.create_task(lane.run()))
 
@@ -175,20 +198,28 @@ class Fetcher:
                 client.denied = Denied(await self.read(self.log.table, TAKEDOWNS))
 
     async def _keep(self, client: Client) -> None:
-        """What hosts asked for outlives this process."""
-        written: object = None
+        """What hosts have asked for outlives this process."""
         while True:
-            await asyncio.sleep(KEEP_S)
-            state = client.hosts.export()
-            if state["hosts"] or written:  # nothing again is not worth a sync
-                await asyncio.to_thread(self._write, state)
-            written = state["hosts"]
+            await client.hosts.changed.wait()
+            await self._tell(client)
+            if client.hosts.news:
+                await asyncio.sleep(AGAIN_S)
+                client.hosts.changed.set()
 
-    def _write(self, state: dict[str, Any]) -> None:
-        try:
-            durable.write(self.hosts_file, json.dumps(state).encode())
-        except StoreFull as e:  # the lanes wait it out; until then this is as old as it is
-            logger.warning("%s", e)
+    async def _tell(self, client: Client) -> None:
+        """To whoever asks those hosts next: all that was news until now has been told when this is back, or may be told again."""
+        client.hosts.changed.clear()
+        async with self.telling:
+            names, told = frozenset(client.hosts.news), False
+            client.hosts.news -= names
+            try:
+                await asyncio.to_thread(self.tenure.append, tenure.records(client.hosts, names))
+                told = True
+            except Retryable as e:
+                logger.warning("what %d hosts have asked for is not told yet: %s", len(names), e)
+            finally:
+                if not told:
+                    client.hosts.news |= names
 
     def count(self, outcome: Outcome) -> None:
         self.metrics.outcomes.labels(outcome.outcome).inc()
@@ -235,11 +266,3 @@ class Fetcher:
             return 0.0
         (t0, n0), (t1, n1) = self.recent[0], self.recent[-1]
         return round((n1 - n0) / max(t1 - t0, 1e-9), 1)
-
-
-def _json(path: Path) -> object:
-    """What a file holds, None if it holds no JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None

@@ -6,8 +6,8 @@ process that dies inside an append leaves some of its records, and whoever goes 
 Reading: one consumer, partitions assigned by hand, positions set by the caller, reset policy none.  All partitions are paused but the one
 that is being read, so nothing piles up in memory for a lane that does not ask (one fetch at most): that is the back-pressure.
 
-Sharing out: another consumer, a member of the group with the cooperative-sticky assignor, reads nothing; it is there to be told which
-partitions are ours, and to commit offsets for the lag dashboards.  What decides is the catalog.
+Sharing out: another consumer, a member of the group, reads nothing; it is there to be told which partitions are ours
+(kafka_group.py), and to commit offsets for the lag dashboards.  What decides is the catalog.
 """
 
 import logging
@@ -141,7 +141,7 @@ class KafkaLog:
             if not 0 <= partition < counts[record.topic]:
                 raise NotFound(f"Kafka ({self._where}): no partition {partition} of topic {self._name(record.topic)}")
         with translated(self.config, "append"):
-            futures = [self._producer.send(self._name(r.topic), key=r.key, value=r.value, partition=p) for r, p in placed]
+            futures = [self._producer.send(self._name(r.topic), key=r.key, value=_value(r), partition=p) for r, p in placed]
             done = [self._acknowledged(future) for future in futures]
         positions = [(partition, meta.offset) for (_, partition), meta in zip(placed, done, strict=True)]
         with self._reading:  # what we wrote, we can read at once
@@ -259,13 +259,18 @@ class KafkaLog:
 
     def table(self, topic: str) -> dict[bytes, bytes]:
         with self._reading:
+            self._ends_at = 0.0  # what another has appended a moment ago counts
             return {k: v for p in range(self.partitions(topic)) for k, v in self._up_to_date(topic, p).items()}
 
     def _up_to_date(self, topic: str, partition: int) -> dict[bytes, bytes]:
         """Reads on from where it stood, so a second look costs only what is new."""
         at, values = self._newest.setdefault((topic, partition), (self.bounds(topic, partition)[0], {}))
         while records := self.read(topic, partition, at, 1000):
-            values |= {r.key: r.value for r in records}
+            for record in records:
+                if record.value:
+                    values[record.key] = record.value
+                else:
+                    values.pop(record.key, None)
             at = records[-1].offset + 1
         self._newest[topic, partition] = (at, values)
         return values
@@ -311,3 +316,8 @@ class KafkaLog:
     @property
     def _request_ms(self) -> int:
         return int(self.config.request_timeout_s * 1000)
+
+
+def _value(record: NewRecord) -> bytes | None:
+    """None is what the brokers compact a key away for."""
+    return (record.value or None) if record.topic in COMPACTED else record.value

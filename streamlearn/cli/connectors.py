@@ -208,10 +208,10 @@ def _cursor(log: EventLog | None, name: str) -> Cursor | None:
     if log is None:
         return None
     try:
-        state = load(log.latest(SOURCE_STATE, name.encode()))
+        state = load(name, log.latest(SOURCE_STATE, name.encode()))
     except NotFound:
         return None
-    return None if state is None else state["cursor"]
+    return None if state is None else state[0]
 
 
 def _plan(wanted: ConnectorConfig, before: book.Entry | None, cursor: Cursor | None, first: int) -> dict[str, Any]:

@@ -5,14 +5,16 @@ import json
 import math
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+
+from yarl import URL
 
 from streamlearn.contract.errors import Corrupt
 
 SCHEMA = 1
 MAX_BYTES = 8192  # as a connector tells it
 REFRESH = "refresh"  # the purpose of asking again for what is stored
-ROOM = 1024  # bytes that a retry may add to it
+VIA_CHARS = 2048  # of the longest address that is handed over; ASCII
+ROOM = 1024 + VIA_CHARS  # bytes that a retry may add to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Candidate:
     waits: int = 0  # times put off without being asked for: it was not the host's turn
     not_before: float | None = None  # unix seconds; a retry waits until then
     origin: str = ""  # topic/partition/offset of its first appearance, set when it is deferred
+    via: str = ""  # where redirects have led, to a host that another owner asks: that one goes on from here
+    hops: int = 0  # redirects on the way there
 
     def to_json(self, limit: int = MAX_BYTES) -> bytes:
         """Raises ValueError when the record would exceed its limit, or holds what is no text."""
@@ -58,7 +62,7 @@ class Candidate:
             raise Corrupt(f"not a candidate: {e}: {data[:100]!r}") from e
 
 
-_COUNTS, _OPTIONAL = {"attempt", "waits"}, {"license", "alt", "etag", "last_modified", "not_before"}
+_COUNTS, _OPTIONAL = {"attempt", "waits", "hops"}, {"license", "alt", "etag", "last_modified", "not_before"}
 
 
 def _fits(name: str, value: object) -> bool:
@@ -73,8 +77,13 @@ def _fits(name: str, value: object) -> bool:
 
 
 def politeness_key(url: str) -> bytes:
-    """The host, lower case: one host's candidates share a partition, so its budget has one owner."""
+    """Who is asked: one host's candidates share a partition number, so its budget has one owner."""
     try:
-        return (urlsplit(url).hostname or "").encode("idna", "replace") if url.isascii() else (urlsplit(url).hostname or "").encode()
-    except (ValueError, UnicodeError):
+        return host_of(URL(url)).encode()
+    except ValueError:
         return b""  # not a URL: any partition will do, the fetcher refuses it
+
+
+def host_of(url: URL) -> str:
+    """One key for every spelling of a host (case, IDNA, final dot), whatever the port."""
+    return (url.raw_host or "").lower().rstrip(".")

@@ -20,8 +20,9 @@ DEAD_LETTERS = "dead-letters"
 SOURCE_STATE = "source-state"
 TAKEDOWNS = "takedowns"  # selector -> what must not be learnt from, and what was done about it; compacted
 CONNECTOR_CONFIGS = "connector-configs"  # connectors made at run time, and what they are to do (ingest/connectors/book.py)
+HOSTS = "hosts"  # host -> what it has asked for that outlives whoever asked it (ingest/fetch/tenure.py); compacted
 SHARDS = "shards"  # a hint that the catalog grew; never the truth
-COMPACTED = frozenset({SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS})  # the newest value of each key is what they hold
+COMPACTED = frozenset({SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS, HOSTS})  # the newest value of each key is what they hold
 OURS = frozenset({CANDIDATES, SHARDS, *COMPACTED})  # what is in them is read by us: nobody else's records belong there
 
 
@@ -71,6 +72,8 @@ class EventLog(Protocol):
     def append(self, records: Sequence[NewRecord]) -> list[tuple[int, int]]:
         """Durable on return, of one or several topics; (partition, offset) of each.  NotFound is raised before anything is written.
 
+        In a compacted topic an empty value forgets its key.
+
         A caller that dies in here, or gets Retryable, may have appended some of them: whoever goes on must look at what is there.
         """
 
@@ -89,20 +92,33 @@ class EventLog(Protocol):
         """The newest value of a key: how compacted topics are read."""
 
     def table(self, topic: str) -> dict[bytes, bytes]:
-        """The newest value of every key of a compacted topic.  Raises NotFound."""
+        """The newest value of every key of a compacted topic, of all that had been appended when it was asked for.  Raises NotFound."""
 
     def trim(self, topic: str, partition: int, before: int) -> int:
         """Drop records below `before`; the number dropped."""
 
     def subscribe(self, group: str, topics: Sequence[str]) -> "Subscription":
-        """Take part in sharing out the partitions of these topics among all who subscribe under this group's name."""
+        """Take part in sharing out the partitions of these topics among all who subscribe under this group's name.
+
+        What is dealt out are partition numbers: whoever has one has it of all these topics, because a key has one number in all of them.
+        """
 
 
 class Subscription(Protocol):
-    """A member of a consumer group.  It says whose partitions are whose; reading is the log's."""
+    """A member of a consumer group.  It says whose partitions are whose; reading is the log's.
+
+    A partition passes from hand to hand in good order: the group takes it back (`owned` is without it), we let go of it (`hold_only` is
+    without it), and only then, or after a time limit, may another have it.  One that was taken back is not ours again before we let go.
+    """
 
     def owned(self) -> frozenset[tuple[str, int]]:
         """The (topic, partition) that are ours now.  To be asked often: who does not ask is taken to hang, and loses them."""
+
+    def hold_only(self, places: frozenset[tuple[str, int]]) -> None:
+        """Nothing of other partitions is being done any more: whoever gets them next may begin.  To be called after each `owned`."""
+
+    def sure(self) -> bool:
+        """Whether the group has confirmed us lately: if not, what we own may be another's by now."""
 
     def close(self) -> None:
         """Leave: the others take over at once."""
@@ -116,6 +132,12 @@ class AllOfThem:
 
     def owned(self) -> frozenset[tuple[str, int]]:
         return self.places
+
+    def hold_only(self, places: frozenset[tuple[str, int]]) -> None:
+        """Nobody waits for them."""
+
+    def sure(self) -> bool:
+        return True
 
     def close(self) -> None:
         """There is nobody to tell."""
@@ -216,6 +238,7 @@ class SqliteLog:
             self._db.executemany("INSERT INTO records VALUES (?,?,?,?,?,?)", kept)
             newest = [(r.topic, r.key, r.value) for r, _ in placed if r.topic in COMPACTED]
             self._db.executemany("INSERT OR REPLACE INTO latest VALUES (?,?,?)", newest)
+            self._db.executemany("DELETE FROM latest WHERE topic=? AND key=? AND value=x''", [row[:2] for row in newest])
             self._db.executemany("UPDATE ends SET end=? WHERE topic=? AND part=?", [(e, t, p) for (t, p), e in ends.items()])
         return positions
 

@@ -10,14 +10,14 @@ import pytest
 
 from streamlearn.adapters.s3_store import S3Store, delta_options
 from streamlearn.contract.catalog import DeltaCatalog
-from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SHARDS, SOURCE_STATE, TAKEDOWNS, retry_topic
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, HOSTS, SHARDS, SOURCE_STATE, TAKEDOWNS, retry_topic
 from tests.adapters.kafka import MockCluster, MockedLog, mock_config
 from tests.adapters.s3 import bucket, s3_environment, s3_server  # noqa: F401
 from tests.conftest import REPO
 from tests.ingest.server import Site, picture, serving
 
 PREFIX = "deployed."
-TOPICS = (CANDIDATES, DEAD_LETTERS, SHARDS, SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS, *(retry_topic(i) for i in range(3)))
+TOPICS = (CANDIDATES, DEAD_LETTERS, HOSTS, SHARDS, SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS, *(retry_topic(i) for i in range(3)))
 TOML = """
 [[connectors]]
 name = "list"

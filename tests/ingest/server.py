@@ -124,15 +124,16 @@ class Site:
 
 
 @contextmanager
-def serving(site):
-    """Its address, while it runs in a thread."""
+def serving(site, hosts=("127.0.0.1",)):
+    """Its first address, while it runs in a thread."""
     loop, ready, base = asyncio.new_event_loop(), threading.Event(), []
 
     async def start():
         runner = web.AppRunner(site.application(), access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        base.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        for host in hosts:
+            await web.TCPSite(runner, host, runner.addresses[0][1] if runner.addresses else 0).start()
+        base.append(f"http://{hosts[0]}:{runner.addresses[0][1]}")
         ready.set()
         return runner
 

@@ -16,7 +16,7 @@ from ingest.connectors.run import Source, build, run_connect
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, Retryable
-from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SOURCE_STATE, SqliteLog
+from streamlearn.contract.event_log import CANDIDATES, DEAD_LETTERS, SOURCE_STATE, NewRecord, SqliteLog
 from streamlearn.contract.metrics import ConnectMetrics
 from streamlearn.contract.status import Heartbeat
 from tests.ingest.server import picture
@@ -116,6 +116,19 @@ def test_after_a_fault_the_log_is_looked_at_again(log, tmp_path, monkeypatch):
     assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"]
 
 
+@pytest.mark.parametrize(
+    "state", [b'{"line": 3}', b'{"cursor": {}}', b'{"cursor": 7, "ends": {}}', b'{"cursor": {}, "ends": [1]}', b"[]", b"\xff"]
+)
+def test_a_cursor_of_another_form_is_named_with_the_remedy_and_nothing_is_announced(log, tmp_path, state):
+    log.append([NewRecord(SOURCE_STATE, b"c", state)])
+    (tmp_path / "list.txt").write_text("http://a/1.jpg\n")
+    with pytest.raises(
+        ConfigError, match=r"connector c: the topic source-state holds b.*, which is no cursor.*DELETE /connectors/c/offsets"
+    ):
+        go(log, connector(tmp_path / "list.txt"))
+    assert announced(log) == [] and log.latest(SOURCE_STATE, b"c") == state
+
+
 def test_a_quiet_connector_renews_its_ends(log, tmp_path, monkeypatch):
     monkeypatch.setattr("ingest.connectors.run.RENEW_S", 0.0)
     (tmp_path / "u.txt").write_text("http://x/1.jpg\n")
@@ -124,7 +137,7 @@ def test_a_quiet_connector_renews_its_ends(log, tmp_path, monkeypatch):
     (tmp_path / "v.txt").write_text("".join(f"http://h{i}/v.jpg\n" for i in range(50)))
     Source("v", connector(tmp_path / "v.txt", name="v"), log, ConnectMetrics(CollectorRegistry())).poll(threading.Event())
     source.poll(threading.Event())
-    ends = base.load(log.latest(SOURCE_STATE, b"c"))["ends"]
+    ends = base.load("c", log.latest(SOURCE_STATE, b"c"))[1]
     assert sum(ends.values()) == 51
 
 
@@ -238,4 +251,4 @@ def test_the_role_goes_round_until_it_is_stopped(tmp_path):
     finally:
         stop.set()
         thread.join(60)
-    assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"] and base.load(log.latest(SOURCE_STATE, b"c"))["cursor"] == {"byte": 30}
+    assert urls(log) == ["http://x/1.jpg", "http://x/2.jpg"] and base.load("c", log.latest(SOURCE_STATE, b"c"))[0] == {"byte": 30}

@@ -10,6 +10,20 @@ from ingest.fetch.hosts import DAY_S, SPREAD_S, Busy, Hosts
 from streamlearn.contract.config import FetchConfig
 from tests.ingest.virtual import run
 
+
+class TakenOver:
+    """All hosts are ours since then; `when` may be changed, infinite: they are another's."""
+
+    def __init__(self, when):
+        self.when, self.certain = when, True
+
+    def since(self, host):
+        return self.when
+
+    def sure(self):
+        return self.certain
+
+
 EDGE = 1e-6  # s; times are sums of floats
 
 

@@ -16,10 +16,11 @@ from ingest.fetch.run import run_fetch
 from ingest.fetch.screen import Reason, Refused
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import FetchConfig
-from streamlearn.contract.event_log import CANDIDATES, NewRecord
+from streamlearn.contract.event_log import CANDIDATES, HOSTS, NewRecord
 from streamlearn.contract.metrics import FetchMetrics
 from streamlearn.contract.status import Heartbeat
 from tests.ingest.server import Place, Site, picture, serving
+from tests.ingest.test_hosts import TakenOver
 
 EARLY = 0.5  # of the spacing: a request may be longer under way than the next one, on a busy machine
 PICTURE = picture(1)
@@ -243,9 +244,9 @@ def test_a_time_that_the_server_names_is_kept_by_all_and_over_a_restart(value, s
         async with Client(config()) as client:
             first = await client.fetch(candidate(site.base + "/1.jpg"))
             second = await client.fetch(candidate(site.base + "/2.jpg"))
-            state = json.loads(json.dumps(client.hosts.export()))
+            kept = json.loads(json.dumps(client.hosts.kept("127.0.0.1")))
         async with Client(config()) as client:
-            client.hosts.restore(state)
+            assert client.hosts.take_up("127.0.0.1", kept)
             third = await client.fetch(candidate(site.base + "/3.jpg"))
         return first, second, third
 
@@ -282,7 +283,7 @@ def test_the_role_keeps_what_hosts_asked_for_over_restarts(tmp_path, kept):
     with serving(site) as base:
         fetched_by_the_role(tmp_path, [f"{base}/trouble/busy"])  # Retry-After: 77
         if not kept:
-            (tmp_path / "hosts.json").write_text('{"hosts": [')
+            Place(tmp_path).log.append([NewRecord(HOSTS, b"127.0.0.1", b'{"hold_until": [')])
         fetched_by_the_role(tmp_path, [f"{base}/7.jpg"])
     assert site.hits["busy"] == 1 and site.hits.get(7, 0) == (0 if kept else 1)
 
@@ -299,9 +300,9 @@ def test_a_crawl_delay_is_kept_over_a_restart():
         settings = config(max_wait_s=0.2)
         async with Client(settings) as client:
             await client.fetch(candidate(site.base + "/1.jpg"))
-            state = json.loads(json.dumps(client.hosts.export()))
-        async with Client(settings) as client:
-            client.hosts.restore(state)
+            kept = json.loads(json.dumps(client.hosts.kept("127.0.0.1")))
+        async with Client(settings, rights=TakenOver(time.monotonic())) as client:
+            assert client.hosts.take_up("127.0.0.1", kept)
             return await client.fetch(candidate(site.base + "/1.jpg"))
 
     got = with_servers(site, main=main)

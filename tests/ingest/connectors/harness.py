@@ -81,4 +81,4 @@ def letters(log):
 
 
 def cursor(log):
-    return base.load(log.latest(SOURCE_STATE, b"c"))["cursor"]
+    return base.load("c", log.latest(SOURCE_STATE, b"c"))[0]
