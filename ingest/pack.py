@@ -107,6 +107,11 @@ class Unit:
         """Where it lies until it is put."""
         return self.spool.with_suffix(".parquet")
 
+    @property
+    def closing_bytes(self) -> int:
+        """Room that closing it takes at most, roughly: the end of the tar, and a sidecar of long URLs."""
+        return 2**16 + 2**11 * len(self.outcomes)
+
     def full(self, config: ShardConfig, at: float) -> bool:
         old = at - self.opened_at >= config.max_age_s
         return self.writer.size >= config.max_bytes or len(self.outcomes) >= config.max_samples or old

@@ -6,7 +6,8 @@ A fault that may pass is waited out where it happens (waits.py), with everything
   spool           its disk has no room                           the open unit is sealed as it is, which makes some; else room is waited for
   seal            store, catalog or log out of reach, or full    the unit stays on disk, nothing more is read
 
-Only where a disk is so full that a unit cannot even be closed is it dropped, to make room, and its offsets are fetched again.
+Open units leave each other room to be closed (Fetcher.check_room).  Only where something else takes that too is a unit dropped, to make room,
+and its offsets are fetched again.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ingest.fetch.run import Fetcher
 
 IDLE_S = 0.2  # between looks at a partition that has nothing new
+MEMBER_BYTES = 2**14  # of a tar around one image: headers, description, padding
 MOST_PAUSE_S = 60.0  # before offsets are fetched again whose unit found no room: hosts are not asked in vain every two seconds
 MOST_SKIPPED = 100_000  # offsets without a record between two that have one; more is an incident
 logger = logging.getLogger(__name__)
@@ -151,6 +153,8 @@ class Lane:
             self.unit.end, taken.offset
         ):  # a transaction's marker, or compacted away: no record, and an outcome all the same
             self.fetcher.packer.add(self.unit, Taken(offset, None, None, absent=True))
+        if isinstance(taken.result, Fetched):
+            self.fetcher.check_room(len(taken.result.body) + MEMBER_BYTES)
         self.fetcher.packer.add(self.unit, taken)
         if isinstance(taken.result, Fetched):
             self.held -= len(taken.result.body)

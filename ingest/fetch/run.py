@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import shutil
 import threading
 import time
 from collections import Counter, deque
@@ -97,8 +98,9 @@ class Fetcher:
 
     async def run(self, stop: threading.Event) -> None:
         self.spool.mkdir(parents=True, exist_ok=True)  # it may be a disk of its own: emptied, never removed
-        for left in self.spool.iterdir():  # by a crash, garbage only
-            left.unlink()
+        for left in self.spool.iterdir():
+            if left.is_file():  # a crash leaves garbage only; lost+found is not ours
+                left.unlink()
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
         for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
@@ -155,6 +157,17 @@ class Fetcher:
     def spooled(self) -> int:
         """Bytes of open units."""
         return sum(lane.spooled for lane, _ in self.lanes.values())
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises StoreFull where so many bytes more would leave the spool's disk no room to close the open units: they end early instead."""
+        needed = num_bytes + sum(lane.unit.closing_bytes for lane, _ in self.lanes.values() if lane.unit)
+        free = shutil.disk_usage(self.spool).free
+        if free < needed:
+            raise StoreFull(
+                f"{self.spool}: no space left for the next image: {free} bytes are free, {needed} needed; free some space, the work goes on "
+                "by itself",
+                after_s=2.0,
+            )
 
     async def _measure(self) -> None:
         """What there was before us, and how far behind we are; asked of catalog and log, so not too often."""
