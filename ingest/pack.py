@@ -21,8 +21,9 @@ Killed after   what is left                              who mends it
 Retries follow the commit, never precede it: two owners of one partition may see different answers to one URL, and only the one whose
 sidecar is committed has decided.  A zombie (an owner that was presumed dead) is fenced at 4: Fenced, drop the unit, read the position
 anew.  If it comes back between 4 and 5 its retries may stand in the log twice; the second is a duplicate where it is read (Lane.seen).
-A lost reply at 4 is resolved by reading back (contract/catalog.py).  A full disk or store (StoreFull) at 3 to 6 is waited out with the
-unit in hand; in the spool it drops the unit, and the offsets are fetched again.
+A lost reply at 4 is resolved by reading back (contract/catalog.py).  A store, catalog or log that is full or out of reach (Retryable) at 3 to 7
+is waited out with the unit in hand.  A spool without room (StoreFull) at 1 closes the unit before its time, which makes some; at 2 it costs the
+unit, and the offsets are fetched again (fetch/lane.py).
 """
 
 import contextlib
@@ -90,6 +91,7 @@ class Unit:
     outcomes: list[Outcome] = field(default_factory=list)
     after: list[NewRecord] = field(default_factory=list)  # retries and dead letters, for step 5
     closed: tuple[str, int] | None = None  # sha256, bytes
+    spooled: bool = False  # step 2 is done: nothing more is written to its disk
     committed: bool = False  # step 4 is done
 
     def __post_init__(self) -> None:
@@ -104,6 +106,11 @@ class Unit:
     def sidecar(self) -> Path:
         """Where it lies until it is put."""
         return self.spool.with_suffix(".parquet")
+
+    @property
+    def closing_bytes(self) -> int:
+        """Room that closing it takes at most, roughly: the end of the tar, and a sidecar of long URLs."""
+        return 2**16 + 2**11 * len(self.outcomes)
 
     def full(self, config: ShardConfig, at: float) -> bool:
         old = at - self.opened_at >= config.max_age_s
@@ -134,7 +141,7 @@ class Packer:
         self.retry_delays_s, self.clock = retry_delays_s, clock
 
     def add(self, unit: Unit, taken: Taken) -> Outcome:
-        """Give the next offset of the unit its one outcome.  Raises StoreFull when the spool is."""
+        """Give the next offset of the unit its one outcome.  Raises StoreFull when the spool is; then the unit is as it was."""
         if taken.offset != unit.end:
             raise AssertionError(f"{unit.topic}/{unit.partition}: offset {taken.offset} after {unit.end - 1}: a unit is contiguous")
         candidate, result = taken.candidate, taken.result
@@ -158,7 +165,7 @@ class Packer:
         return outcome
 
     def seal(self, unit: Unit) -> ShardRow:
-        """Steps 2 to 7.  Raises Fenced, StoreFull; after StoreFull the same unit may be sealed again."""
+        """Steps 2 to 7.  Raises Fenced, Retryable; after Retryable the same unit may be sealed again."""
         row = self.close(unit)
         if not unit.committed:
             self.store.put_file(row.key, unit.spool)
@@ -223,7 +230,9 @@ class Packer:
         if unit.closed is None:
             unit.closed = unit.writer.close()
         sha256, size = unit.closed
-        write_sidecar(unit.sidecar, unit.outcomes)
+        if not unit.spooled:
+            write_sidecar(unit.sidecar, unit.outcomes)
+            unit.spooled = True
         fetched = sorted(o.fetched_at for o in unit.outcomes if o.outcome == STORED)
         day = (fetched[0] if fetched else now())[:10]
         topic = place_name(self.log, unit.topic)

@@ -16,6 +16,10 @@ from streamlearn.contract.status import read_status
 
 BARS = "▁▂▃▄▅▆▇█"
 ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+INGEST = (
+    *("stored", "images_per_s", "lag", "shards", "spool_bytes", "last_shard_at", "outcomes"),
+    *("waiting", "waiting_since", "waiting_s", "waiting_at"),
+)
 TRAIN = (
     *("state", "step", "images", "fresh", "images_per_s", "loss", "lr", "halvings", "round", "cursor", "wait_share", "perplexity"),
     *("code_entropy", "effective_rank", "bad_steps", "last_snapshot", "last_checkpoint", "checkpoint_failures", "stream"),
@@ -41,9 +45,7 @@ def overview(home: Path, restarts: Mapping[str, int] | None = None) -> dict[str,
         "home": str(home),
         "roles": roles,
         "restarts": dict(restarts or {}),
-        "ingest": _pick(
-            status.get("fetch", {}), "stored", "images_per_s", "lag", "shards", "spool_bytes", "last_shard_at", "outcomes", "full"
-        ),
+        "ingest": _pick(status.get("fetch", {}), *INGEST),
         "candidates": status.get("connect", {}).get("candidates", 0),
         "sources": status.get("connect", {}).get("sources", {}),
         "connectors": status.get("connect", {}).get("connectors", {}),
@@ -79,8 +81,8 @@ def line(view: Mapping[str, Any], seconds: float) -> str:
     ]
     if failing := [name for name, count in view["restarts"].items() if count]:
         parts.append("restarts " + ", ".join(f"{name} {view['restarts'][name]}" for name in failing))
-    if ingest.get("full"):
-        parts.append(f"FULL: {ingest['full']}")
+    if ingest.get("waiting"):
+        parts.append(f"WAITING for {ingest['waiting_s']:.0f} s: {ingest['waiting']}")
     return " | ".join(parts)
 
 
@@ -172,7 +174,8 @@ def _failures(view: Mapping[str, Any]) -> RenderableType:
             "  ".join(f"{name.removeprefix('rejected:')} {count}" for name, count in sorted(outcomes.items(), key=lambda i: -i[1])),
             style="dim",
         )
-    for label, value in (("store full", view["ingest"].get("full")), ("snapshots that cannot be measured", view["evaluate"].get("failed"))):
+    waiting = f"fetch waits since {view['ingest'].get('waiting_since')} for"
+    for label, value in ((waiting, view["ingest"].get("waiting")), ("snapshots that cannot be measured", view["evaluate"].get("failed"))):
         if value:
             text.append(f"\n{label}: {value}", style="red")
     for name, connector in view["connectors"].items():

@@ -1,9 +1,9 @@
 """The role `fetch`: candidates -> images -> shards, partition by partition, for ever.
 
 One lane for each partition that is ours (the consumer group shares them out among the fetchers; tenure.py says when to begin one and how
-to end it): read ahead, fetch many at once, take the results in offset order, spool, seal.  Memory is bounded by the read-ahead window
-(`fetch.concurrency` requests over all lanes) times the byte cap; nothing piles up behind a slow store, because a lane that cannot seal
-does not read on.
+to end it): read ahead, fetch many at once, take the results in offset order, spool, seal (lane.py).  Memory is bounded by
+`fetch.buffer_bytes` and the requests in flight, the spool by `fetch.spool_bytes`; nothing piles up behind a slow store, because a lane that
+cannot seal does not read on.  What a lane waits for is said in the heartbeat and the metrics (waits.py).
 """
 
 import asyncio
@@ -24,10 +24,11 @@ from ingest.fetch import tenure
 from ingest.fetch.client import Client
 from ingest.fetch.lane import Lane
 from ingest.fetch.tenure import Place, Tenure
+from ingest.fetch.waits import Waits
 from ingest.pack import Packer, Unit, group_of
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import Retryable
+from streamlearn.contract.errors import Retryable, StoreFull
 from streamlearn.contract.event_log import (
     CANDIDATES,
     CONNECTOR_CONFIGS,
@@ -88,20 +89,22 @@ class Fetcher:
         self.sealing = asyncio.Lock()  # one commit at a time: the table is one log
         self.outcomes: Counter[str] = Counter()
         self.shards = self.images = 0  # sealed by this process
-        self.before = (0, 0)  # shards and images that were there when it started
-        self.last_shard_at, self.full = "", ""
+        self.before: tuple[int, int] | None = None  # shards and images of others and of former runs, once the catalog has told
+        self.last_shard_at = ""
+        self.waits = Waits(metrics)
         self.recent: deque[tuple[float, int]] = deque(maxlen=64)  # (when, images so far)
         self.lanes: dict[Place, tuple[Lane, asyncio.Task[None]]] = {}
         self.lag = 0
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="log")  # reading may wait for a broker; a log serves one reader at a time
 
     async def run(self, stop: threading.Event) -> None:
-        shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only
-        self.spool.mkdir(parents=True)
+        self.spool.mkdir(parents=True, exist_ok=True)  # it may be a disk of its own: emptied, never removed
+        for left in self.spool.iterdir():
+            if left.is_file():  # a crash leaves garbage only; lost+found is not ours
+                left.unlink()
         topics = [CANDIDATES, *(retry_topic(i) for i in range(len(self.config.fetch.retry_delays_s)))]
         for topic in [*topics, DEAD_LETTERS, SHARDS, CONNECTOR_CONFIGS, TAKEDOWNS, HOSTS]:
             self.log.ensure_topic(topic, self.config.log.partitions)
-        self.before = self.catalog.totals()
         subscription = self.log.subscribe(group_of(self.log), topics)
         self.tenure = Tenure(self.log, subscription, topics, self.config.log.partitions)
         try:
@@ -151,12 +154,11 @@ class Fetcher:
             if new := self.tenure.begin():
                 try:
                     self.tenure.finish(new, await self.read(self.tenure.read, new), client.hosts)
-                    self.full = ""
                 except Retryable as e:
-                    logger.error("waiting: %s", e)
-                    self.full = str(e)
                     self.tenure.give_up(new)
-                    await asyncio.sleep(e.after_s)
+                    await self.waits.out(HOSTS, "take over", e)
+                else:
+                    self.waits.over(HOSTS, "take over")
             await asyncio.sleep(TAKE_S)
 
     def _share_out(self, client: Client) -> None:
@@ -177,14 +179,33 @@ class Fetcher:
         """Bytes of open units."""
         return sum(lane.spooled for lane, _ in self.lanes.values())
 
+    def check_room(self, num_bytes: int) -> None:
+        """Raises StoreFull where so many bytes more would leave the spool's disk no room to close the open units: they end early instead."""
+        needed = num_bytes + sum(lane.unit.closing_bytes for lane, _ in self.lanes.values() if lane.unit)
+        free = shutil.disk_usage(self.spool).free
+        if free < needed:
+            raise StoreFull(
+                f"{self.spool}: no space left for the next image: {free} bytes are free, {needed} needed; free some space, the work goes on "
+                "by itself",
+                after_s=2.0,
+            )
+
     async def _measure(self) -> None:
-        """How far behind we are; asked of the log, so not too often."""
+        """What there was before us, and how far behind we are; asked of catalog and log, so not too often."""
         while True:
-            lanes = [lane for lane, _ in self.lanes.values()]
             with contextlib.suppress(Retryable):  # the lanes say so themselves
+                if self.before is None:
+                    await self._look_back()
+            lanes = [lane for lane, _ in self.lanes.values()]
+            with contextlib.suppress(Retryable):
                 ends = [await self.read(self.log.bounds, lane.topic, lane.partition) for lane in lanes]
                 self.lag = sum(max(0, end - lane.position) for lane, (_, end) in zip(lanes, ends, strict=True))
             await asyncio.sleep(LAG_S)
+
+    async def _look_back(self) -> None:
+        async with self.sealing:  # what we seal ourselves is either in both counts or in neither
+            shards, images = await asyncio.to_thread(self.catalog.totals)
+            self.before = shards - self.shards, images - self.images
 
     async def read(self, call: Callable[..., T], *arguments: object) -> T:
         """Ask the log in its thread."""
@@ -243,21 +264,22 @@ class Fetcher:
         self.metrics.heartbeat.set_to_current_time()
         lanes = [lane for lane, _ in self.lanes.values()]
         oldest = max((lane.oldest_age() for lane in lanes), default=0.0)
-        spooled = self.spooled()
+        spooled, waits = self.spooled(), self.waits.told()
+        shards, images = self.before or (0, 0)
         self.metrics.lag.set(self.lag)
         self.metrics.oldest.set(oldest)
         self.metrics.spool.set(spooled)
         self.heart.beat(
-            state="full" if self.full else "fetching",
-            stored=self.before[1] + self.images,
+            state="waiting" if waits["waiting"] else "fetching",
+            stored=images + self.images,
             outcomes=dict(self.outcomes),
             images_per_s=self.rate(),
             lag=self.lag,
             partitions=len(lanes),
-            shards=self.before[0] + self.shards,
+            shards=shards + self.shards,
             spool_bytes=spooled,
             last_shard_at=self.last_shard_at,
-            full=self.full,
+            **waits,
         )
 
     def rate(self) -> float:

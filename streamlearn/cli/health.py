@@ -1,7 +1,8 @@
 """What a role answers over HTTP: /metrics for Prometheus, /healthz (is it alive), /readyz (does it make progress).
 
 Health is the role's own word: its last heartbeat, and how long ago that was.  A process whose main loop hangs is not healthy, though its
-threads still answer.  A full disk or a broker that is gone is healthy (it waits, nothing is lost) but not ready, and says why.
+threads still answer.  A role that waits for a full disk, a store or a broker
+is healthy (nothing is lost, and a restart would not help) but not ready, and says what it waits for and since when.
 """
 
 import json
@@ -18,7 +19,7 @@ from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.status import Heartbeat
 
 SILENT_S = 120.0  # without a heartbeat; the longest step of any role is well under it
-NOT_READY = {"starting", "full", "failed", "stopped"}
+NOT_READY = {"starting", "waiting", "failed", "stopped"}
 
 
 class _Quiet(WSGIRequestHandler):
@@ -30,7 +31,7 @@ def answer(heartbeat: Heartbeat, path: str) -> tuple[int, dict[str, Any]]:
     """(HTTP status, body) of /healthz or /readyz."""
     values, silent_s = heartbeat.said()
     alive = silent_s < SILENT_S
-    ready = alive and values.get("state") not in NOT_READY and not values.get("full")
+    ready = alive and values.get("state") not in NOT_READY and not values.get("unwritten")
     body = {"role": heartbeat.role, "healthy": alive, "ready": ready, "silent_s": round(silent_s, 1)} | values
     return (200 if (alive if path == "/healthz" else ready) else 503), body
 

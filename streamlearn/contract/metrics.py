@@ -7,6 +7,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from streamlearn.contract.shards import OUTCOMES
 
+STEPS = (
+    "take over",
+    "recover",
+    "read",
+    "spool",
+    "seal",
+)  # of the fetcher, that may have to wait: for the log, the store, the catalog, a disk
+
 
 class ConnectMetrics:
     def __init__(self, registry: CollectorRegistry):
@@ -33,7 +41,14 @@ class FetchMetrics:
         self.shards = Counter("fetch_shards_sealed", "Shards committed to the catalog", registry=registry)
         self.fenced = Counter("fetch_units_fenced", "Units dropped because another writer was first", registry=registry)
         self.sealed_at = Gauge("fetch_shard_sealed_timestamp_seconds", "When the last shard was sealed", registry=registry)
-        self.full = Counter("fetch_store_full", "Times the store or spool had no space left", registry=registry)
+        self.waits = Counter(
+            "fetch_waits", "Tries that failed and are waited out, by the step that cannot go on", ["step"], registry=registry
+        )
+        for step in STEPS:
+            self.waits.labels(step)
+        self.waiting = Gauge(
+            "fetch_waiting_seconds", "How long the fetcher has waited for a store, a broker or a disk; 0: it does not", registry=registry
+        )
         self.heartbeat = Gauge("fetch_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
 
 

@@ -79,13 +79,16 @@ def sidecar_key(key: str) -> str:
 
 
 class ShardWriter:
-    """One tar, written in offset order.  Hashes as it writes, so closing costs no second read."""
+    """One tar, written in offset order.  Hashes as it writes, so closing costs no second read.
+
+    A call that raises StoreFull has changed nothing, on disk or here: it may be made again, and what was written before can be closed.
+    """
 
     def __init__(self, path: Path):
         self.path, self.num_samples = path, 0
         self._sha256, self._size, self._last = hashlib.sha256(), 0, -1
         try:
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=0)  # what a buffer held back could neither be taken back nor be given up
         except OSError as e:
             raise durable.translate(e, path) from e
 
@@ -98,9 +101,10 @@ class ShardWriter:
         """Append one sample; returns the byte of the tar at which the image begins."""
         if offset <= self._last:
             raise ValueError(f"{self.path}: offset {offset} after {self._last}: samples go in offset order")
+        start = self._size + _BLOCK
+        description = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        self._write(b"".join((*_member(f"{offset:020d}.{ext}", image), *_member(f"{offset:020d}.json", description))))
         self._last = offset
-        start = self._member(f"{offset:020d}.{ext}", image)
-        self._member(f"{offset:020d}.json", json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
         self.num_samples += 1
         return start
 
@@ -115,21 +119,25 @@ class ShardWriter:
         self._file.close()
         self.path.unlink(missing_ok=True)
 
-    def _member(self, name: str, data: bytes) -> int:
-        info = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, mode 0644: nothing of when and where
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        start = self._size
-        self._write(data + bytes(-len(data) % _BLOCK))
-        return start
-
     def _write(self, data: bytes) -> None:
+        """All of it, or nothing."""
         try:
-            self._file.write(data)
+            rest = memoryview(data)
+            while rest:  # a disk that fills takes the first bytes of a write
+                rest = rest[self._file.write(rest) :]
         except OSError as e:
+            self._file.seek(self._size)
+            self._file.truncate()
             raise durable.translate(e, self.path) from e
         self._sha256.update(data)
         self._size += len(data)
+
+
+def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Header, bytes, padding."""
+    info = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, mode 0644: nothing of when and where
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % _BLOCK)
 
 
 def write_sidecar(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -55,8 +55,11 @@ class Heartbeat:
         """Append one measurement."""
         try:
             durable.append_line(self._history, json.dumps({"at": now()} | values))
-        except StoreFull:
-            self.beat(full=str(self._history))
+        except StoreFull as e:
+            self.beat(unwritten=str(e))
+        else:
+            if self._values.pop("unwritten", None):
+                self.beat()
 
 
 def read_status(home: Path) -> dict[str, dict[str, Any]]:

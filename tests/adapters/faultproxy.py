@@ -52,8 +52,9 @@ class Message:
 class FaultProxy:
     """`with FaultProxy(server) as proxy:` then `proxy.faults = [Fault(...)]`; `proxy.seen` tells (method, path, act or "")."""
 
-    def __init__(self, server: tuple[str, int], tls: ssl.SSLContext | None = None):
-        self.server, self.tls = server, tls
+    def __init__(self, server: tuple[str, int], tls: ssl.SSLContext | None = None, *, port: int = 0):
+        """`port` of one that is gone: until then connections are refused."""
+        self.server, self.tls, self.port = server, tls, port
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str, str]] = []
         self.headers: list[dict[str, str]] = []  # of the same requests; names in lower case
@@ -64,7 +65,7 @@ class FaultProxy:
     def __enter__(self) -> "FaultProxy":
         self._thread.start()
         self._listener = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._client, "127.0.0.1", 0, ssl=self.tls, limit=2**20), self._loop
+            asyncio.start_server(self._client, "127.0.0.1", self.port, ssl=self.tls, limit=2**20), self._loop
         ).result()
         self.port = self._listener.sockets[0].getsockname()[1]
         self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"

@@ -104,14 +104,22 @@ def s3_server() -> Iterator[tuple[str, int]]:
 @pytest.fixture
 def s3_environment(monkeypatch) -> None:
     """Credentials where boto3 and delta-rs both look for them."""
+    isolate(monkeypatch)
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
     for name, value in (CREDENTIALS | ISOLATED).items():
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture
-def bucket(s3_server, s3_environment) -> Bucket:
-    made = Bucket(f"test-{uuid.uuid4().hex}", s3_server)
+def new_bucket(server: tuple[str, int]) -> Bucket:
+    made = Bucket(f"test-{uuid.uuid4().hex}", server)
     made.client().create_bucket(Bucket=made.name)
     return made
+
+
+@pytest.fixture
+def bucket(s3_server, s3_environment) -> Bucket:
+    return new_bucket(s3_server)

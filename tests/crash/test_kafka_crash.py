@@ -144,7 +144,7 @@ def test_brokers_that_are_gone_for_a_while_are_waited_for(places, cluster):
         try:
             wait(places.place(), settled(12))
             cluster.down()
-            wait(None, lambda _: "Kafka" in read_status(place.home)["fetch"]["full"])
+            wait(None, lambda _: "Kafka" in read_status(place.home)["fetch"]["waiting"])
             cluster.up()
             feed(places.place().log, base, [f"{i}.jpg" for i in range(12, 24)])
             wait(places.place(), settled(24))

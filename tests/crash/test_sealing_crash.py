@@ -132,7 +132,7 @@ def test_a_full_store_is_waited_out_and_nothing_is_lost(tmp_path):
 
 
 def test_a_full_spool_is_waited_out_and_nothing_is_lost(tmp_path, tiny_disk):  # noqa: F811
-    """A real disk without room: the open unit is dropped, its offsets are fetched again once there is some."""
+    """A real disk without room: what has come waits in memory, nothing more is asked for, and it goes on once there is some."""
     ballast = tiny_disk / "ballast"
     with serving(Site()) as base:
         place = Place(tmp_path)
@@ -144,15 +144,15 @@ def test_a_full_spool_is_waited_out_and_nothing_is_lost(tmp_path, tiny_disk):  #
         role = threading.Thread(target=run_fetch, args=args, kwargs={"stop": stop, "home": tiny_disk}, daemon=True)
         role.start()
         try:
-            wait(tmp_path, lambda home: "no space left" in read_status(home).get("fetch", {}).get("full", ""))
-            assert read_status(tmp_path)["fetch"]["state"] == "full" and Place(tmp_path).catalog.rows() == []
+            wait(tmp_path, lambda home: "no space left" in read_status(home).get("fetch", {}).get("waiting", ""))
+            assert read_status(tmp_path)["fetch"]["state"] == "waiting" and Place(tmp_path).catalog.rows() == []
             ballast.unlink()
             wait(Place(tmp_path), settled(40))
         finally:
             stop.set()
             role.join(60)
     check(Place(tmp_path), [f"{i}.jpg" for i in range(40)], 40)
-    assert metrics.full._value.get() >= 1
+    assert metrics.waits.labels("spool")._value.get() >= 1
 
 
 def test_a_spool_over_its_bound_is_sealed_before_its_time(tmp_path):

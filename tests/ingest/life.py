@@ -4,15 +4,18 @@ import hashlib
 import io
 import shutil
 import tarfile
+import uuid
 
+import pytest
 from aiohttp import web
 
 from ingest.takedown import takedown
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.event_log import CANDIDATES, TAKEDOWNS, NewRecord
 from streamlearn.contract.shards import STORED, index_shard, read_sidecar, sidecar_key
+from tests.adapters.s3 import isolate, new_bucket
 from tests.crash.sealing import PARTITIONS, fetch_until
-from tests.ingest.server import Place, Site, picture
+from tests.ingest.server import STORE, Place, Site, picture
 
 
 class Ageing(Site):
@@ -20,7 +23,11 @@ class Ageing(Site):
 
     def __init__(self):
         super().__init__()
-        self.gone, self.changed, self.opted_out, self.asked, self.forgetful = set(), {}, set(), [], set()
+        self.asked = []
+        self.be_well()
+
+    def be_well(self):
+        self.gone, self.changed, self.opted_out, self.forgetful = set(), {}, set(), set()
 
     def application(self):
         app = super().application()
@@ -62,25 +69,63 @@ def sized(place, max_samples, max_age_s=60.0):
     return place
 
 
-def fetched(home, *urls, max_samples=7, max_age_s=0.2):
-    """A home that holds them."""
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def storage(request):
+    """Where homes keep their objects: in a folder of their own (None), or in a bucket."""
+    if request.param == "folder":
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch)
+        yield new_bucket(request.getfixturevalue("s3_server"))
+
+
+folder_only = pytest.mark.parametrize("storage", ["folder"], indirect=True)  # where S3 would show nothing that another test does not
+
+
+def killed_at(steps, *on_s3):
+    """At each of so many steps, before and after it, on a folder; where the store is S3 at those steps alone, for each takes seconds."""
+    cases = [("folder", nth, when) for nth in range(1, steps + 1) for when in ("before", "after")]
+    return pytest.mark.parametrize(("storage", "nth", "when"), cases + [("s3", *case) for case in on_s3], indirect=["storage"])
+
+
+def at_home(home, storage, **more):
+    """A home whose objects are there."""
+    home.mkdir(exist_ok=True)
+    if storage:
+        (home / STORE).write_text(storage.config(prefix=f"home-{uuid.uuid4().hex[:8]}", **more).model_dump_json())
+    return home
+
+
+def fetched(home, *urls, storage=None, max_samples=7, max_age_s=0.2, **store):
+    """A home that holds them; `store`: more of its settings."""
+    at_home(home, storage, **store)
     place = sized(Place(home), max_samples, max_age_s)
     tell(place.log, *urls)
     fetch_until(place, covered)
     return place
 
 
-def copied(home, target):
+def copied(home, target, storage=None):
+    """Log and objects anew: what is done to the copy is not done to the original."""
     shutil.copytree(home, target)
-    return Place(target)
+    at_home(target, storage)
+    place = Place(target)
+    if storage:
+        original = Place(home).store
+        for key in original.list(""):
+            here, there = (store.uri(key).removeprefix(f"s3://{storage.name}/") for store in (original, place.store))
+            storage.client().copy_object(Bucket=storage.name, Key=there, CopySource={"Bucket": storage.name, "Key": here})
+    return place
 
 
 def stored(place):
     """(url, its bytes) of all that live shards hold, in their order; tar, sidecar and catalog must agree."""
     found = []
     for row in place.catalog.rows():
-        samples = index_shard(place.store.root / row.key)
         data = place.store.get(row.key)
+        (place.home / "seen.tar").write_bytes(data)
+        samples = index_shard(place.home / "seen.tar")
         outcomes = read_sidecar(place.store.get(sidecar_key(row.key))).to_pylist()
         assert hashlib.sha256(data).hexdigest() == row.sha256 and len(data) == row.bytes
         assert [o["offset"] for o in outcomes] == list(range(row.first_offset, row.end_offset))
@@ -127,4 +172,18 @@ def coverage(place):
     return sorted((r.partition, r.first_offset, r.end_offset) for r in place.catalog.rows())
 
 
-__all__ = ["TAKEDOWNS", "Ageing", "copied", "coverage", "covered", "fetched", "outcomes", "sized", "stored", "take_down", "tell", "traces"]
+__all__ = [
+    "TAKEDOWNS",
+    "Ageing",
+    "copied",
+    "coverage",
+    "covered",
+    "fetched",
+    "outcomes",
+    "sized",
+    "storage",
+    "stored",
+    "take_down",
+    "tell",
+    "traces",
+]

@@ -10,7 +10,7 @@ from aiohttp import web
 from PIL import Image
 
 from streamlearn.contract.catalog import DeltaCatalog
-from streamlearn.contract.config import Config, FetchConfig, ShardConfig
+from streamlearn.contract.config import Config, FetchConfig, ShardConfig, StoreConfig
 from streamlearn.contract.event_log import SqliteLog
 from streamlearn.contract.object_store import FolderStore
 
@@ -166,6 +166,9 @@ FETCH = FetchConfig(
 )
 
 
+STORE = "store.json"  # in a home whose objects are on S3: where
+
+
 class Place:
     """Log, store, catalog and configuration of one home."""
 
@@ -173,5 +176,13 @@ class Place:
         self.home = home
         self.config = Config(fetch=FETCH, shard=ShardConfig(max_samples=7, max_age_s=0.2), **more)
         self.log = SqliteLog(home / "log.sqlite")
-        self.store = FolderStore(home / "store")
-        self.catalog = DeltaCatalog(str(home / "store" / "catalog" / "shards"), log_id=self.log.log_id)
+        if (home / STORE).exists():
+            from streamlearn.adapters.s3_store import S3Store, delta_options  # most tests do without the SDK
+
+            config = StoreConfig.model_validate_json((home / STORE).read_text())
+            self.store = S3Store(config)
+            options = {"storage_options": delta_options(config)}
+            self.catalog = DeltaCatalog(self.store.uri("catalog/shards"), log_id=self.log.log_id, **options)
+        else:
+            self.store = FolderStore(home / "store")
+            self.catalog = DeltaCatalog(str(home / "store" / "catalog" / "shards"), log_id=self.log.log_id)

@@ -15,7 +15,7 @@ from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, TAKEDOWNS
 from tests.contract.test_catalog import row
 from tests.crash.sealing import Dying, Killed, fetch_until, place_with
-from tests.ingest.life import Ageing, copied, covered, fetched, outcomes, stored, take_down
+from tests.ingest.life import Ageing, copied, covered, fetched, folder_only, killed_at, outcomes, stored, take_down
 from tests.ingest.server import Place, picture, serving
 from tests.ingest.test_takedown import Knife, under
 
@@ -35,15 +35,15 @@ def base(site):
 
 
 @pytest.fixture(scope="module")
-def filled(base, tmp_path_factory):
+def filled(base, storage, tmp_path_factory):
     home = tmp_path_factory.mktemp("filled")
-    fetched(home, *(f"{base}/{n}.jpg" for n in range(12)), max_samples=2, max_age_s=60)  # three shards in each partition
+    fetched(home, *(f"{base}/{n}.jpg" for n in range(12)), storage=storage, max_samples=2, max_age_s=60)  # three shards in each partition
     return home
 
 
 @pytest.fixture
-def place(filled, tmp_path):
-    return copied(filled, tmp_path / "home")
+def place(filled, storage, tmp_path):
+    return copied(filled, tmp_path / "home", storage)
 
 
 def merge(place, **more):
@@ -80,10 +80,9 @@ def test_only_small_neighbours_of_one_day_are_merged_up_to_the_limit():
     assert runs(a, replace(b, day="2026-11-22"), replace(c, day="2026-11-22")) == [["b", "c"]]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", range(1, 7))
-def test_a_compaction_killed_at_any_step_is_ended_by_the_next(filled, tmp_path, nth, when):
-    place, knife = copied(filled, tmp_path / "home"), Knife(nth, when)
+@killed_at(6, (2, "after"), (3, "after"))
+def test_a_compaction_killed_at_any_step_is_ended_by_the_next(place, nth, when):
+    knife = Knife(nth, when)
     before = sorted(stored(place))
     with pytest.raises(Killed):
         merge(under(knife, Place(place.home)))
@@ -111,6 +110,7 @@ def test_a_merger_that_a_takedown_overtakes_is_left_out(place, base, monkeypatch
     assert merge(place).merged == 3 and len(stored(place)) == 11
 
 
+@folder_only
 def test_a_fetcher_that_comes_back_owes_nothing_twice_after_a_compaction(place):
     merge(place)
     place.log.commit(GROUP, {(CANDIDATES, 0): 3})  # in the middle of the merged shard
@@ -143,7 +143,7 @@ def test_purging_leaves_what_is_live(place):
     assert [r.status for r in place.catalog.history()].count(LIVE) == 2
 
 
-@pytest.mark.parametrize("nth", [1, 2, 5])
+@pytest.mark.parametrize(("storage", "nth"), [("folder", 1), ("folder", 2), ("folder", 5), ("s3", 1)], indirect=["storage"])
 def test_a_purge_killed_between_tar_and_sidecar_is_ended_by_the_next(place, nth):
     merge(place)
     knife = Knife(nth, "after")
@@ -169,8 +169,9 @@ def test_a_generation_is_cut_once(place):
         cut(place.store, Place(place.home / "empty").catalog, name="x")
 
 
-def test_a_refresh_asks_again_with_validators_and_every_answer_ends_as_it_should(site, base, tmp_path):
-    place = fetched(tmp_path / "home", *(f"{base}/{n}.jpg" for n in range(20, 32)), max_samples=2, max_age_s=60)
+def test_a_refresh_asks_again_with_validators_and_every_answer_ends_as_it_should(site, base, storage, tmp_path):
+    site.be_well()
+    place = fetched(tmp_path / "home", *(f"{base}/{n}.jpg" for n in range(20, 32)), storage=storage, max_samples=2, max_age_s=60)
     cut(place.store, place.catalog, name="q")
     site.gone, site.opted_out, site.changed, site.forgetful = {21}, {22}, {23: 99}, {24}
     site.asked.clear()
@@ -211,10 +212,8 @@ def test_a_takedown_that_a_refresh_owes_survives_a_crash_after_the_commit(site, 
     assert [json.loads(v)["why"] for v in place.log.table(TAKEDOWNS).values()] == ["gone"]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", range(1, 5))
-def test_a_refresh_killed_anywhere_goes_on_and_misses_nothing(filled, base, tmp_path, nth, when):
-    place = copied(filled, tmp_path / "home")
+@killed_at(4, (2, "after"))
+def test_a_refresh_killed_anywhere_goes_on_and_misses_nothing(place, base, nth, when):
     cut(place.store, place.catalog, name="q")
     ends = [place.log.bounds(CANDIDATES, p)[1] for p in range(2)]
     with pytest.raises(Killed):
@@ -227,6 +226,7 @@ def test_a_refresh_killed_anywhere_goes_on_and_misses_nothing(filled, base, tmp_
     assert place.log.latest(SOURCE_STATE, b"refresh/q") is not None
 
 
+@folder_only
 def test_a_refresh_keeps_to_its_rate_and_a_dry_run_appends_nothing(place):
     cut(place.store, place.catalog, name="q")
     version, ends, slept = place.catalog.version(), [place.log.bounds(CANDIDATES, p) for p in range(2)], []

@@ -12,9 +12,8 @@ from ingest.takedown import APPLIED, DENIED, denial
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.errors import Conflict
 from streamlearn.contract.event_log import TAKEDOWNS, SqliteLog
-from streamlearn.contract.object_store import FolderStore
 from tests.crash.sealing import Killed, fetch_until
-from tests.ingest.life import Ageing, copied, coverage, covered, fetched, outcomes, stored, take_down, tell, traces
+from tests.ingest.life import Ageing, copied, coverage, covered, fetched, folder_only, killed_at, outcomes, stored, take_down, tell, traces
 from tests.ingest.server import Place, picture, serving
 
 N = 22  # and two more: four shards of six offsets, each match in one of its own
@@ -27,15 +26,16 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def filled(base, tmp_path_factory):
+def filled(base, storage, tmp_path_factory):
     home = tmp_path_factory.mktemp("filled")
-    fetched(home, *(f"{base}/{n}.jpg" for n in range(N)), f"{base}/moved/3.jpg", f"{base}/trouble/page", max_samples=6, max_age_s=60)
+    urls = [*(f"{base}/{n}.jpg" for n in range(N)), f"{base}/moved/3.jpg", f"{base}/trouble/page"]
+    fetched(home, *urls, storage=storage, max_samples=6, max_age_s=60)
     return home
 
 
 @pytest.fixture
-def place(filled, tmp_path):
-    return copied(filled, tmp_path / "home")
+def place(filled, storage, tmp_path):
+    return copied(filled, tmp_path / "home", storage)
 
 
 def test_selectors_match_what_they_name_and_nothing_else():
@@ -60,7 +60,7 @@ def test_selectors_match_what_they_name_and_nothing_else():
             Selector.of(kind, value)
 
 
-@pytest.mark.parametrize("kind", ["url", "sha256"])
+@pytest.mark.parametrize(("storage", "kind"), [("folder", "url"), ("folder", "sha256"), ("s3", "url")], indirect=["storage"])
 def test_nothing_of_it_stays_and_all_else_stays_as_it_was(place, base, kind):
     before, ranges, url, body = stored(place), coverage(place), f"{base}/3.jpg", picture(3)
     done = take_down(place, **{kind: url if kind == "url" else hashlib.sha256(body).hexdigest()})
@@ -73,6 +73,7 @@ def test_nothing_of_it_stays_and_all_else_stays_as_it_was(place, base, kind):
     assert base not in json.dumps(value) and "3.jpg" not in json.dumps(value)
 
 
+@folder_only
 def test_a_host_takes_all_of_it_and_a_second_run_has_nothing_to_do(place):
     assert take_down(place, host="127.0.0.1").samples == N + 1 and stored(place) == []
     again = take_down(place, host="127.0.0.1")
@@ -87,6 +88,7 @@ def test_what_only_tells_of_it_is_emptied_in_place(place, base):
     assert f"{base}/trouble/page" not in [u for u, *_ in outcomes(place)] and len(stored(place)) == N + 1
 
 
+@folder_only
 def test_a_dry_run_counts_and_changes_nothing(place, base):
     version, keys = place.catalog.version(), place.store.list("shards/")
     done = take_down(place, url=f"{base}/3.jpg", dry_run=True)
@@ -107,7 +109,12 @@ def test_a_compaction_that_comes_between_makes_it_begin_anew(place, base, monkey
     def late(*args, **more):
         if not calls:
             calls.append(1)
-            compact(place.store, DeltaCatalog(place.catalog.uri, log_id="x"), folder=place.home / "c", max_bytes=2**20)
+            compact(
+                place.store,
+                DeltaCatalog(place.catalog.uri, log_id="x", storage_options=place.catalog.storage_options),
+                folder=place.home / "c",
+                max_bytes=2**20,
+            )
         return replace(*args, **more)
 
     monkeypatch.setattr(place.catalog, "replace", late)
@@ -140,29 +147,28 @@ def under(knife, place):
         def append(self, records):
             return knife.around("append", lambda: SqliteLog.append(self, records))
 
-    class Store(FolderStore):
+    class Store(type(place.store)):
         def put_file(self, key, path):
-            return knife.around("put", lambda: FolderStore.put_file(self, key, path))
+            return knife.around("put", lambda: super(Store, self).put_file(key, path))
 
         def delete(self, key):
-            return knife.around("delete", lambda: FolderStore.delete(self, key))
+            return knife.around("delete", lambda: super(Store, self).delete(key))
 
     class Catalog(DeltaCatalog):
         def _swap(self, *args):
             return knife.around("swap", lambda: DeltaCatalog._swap(self, *args))
 
-    place.log, place.store = Log(place.home / "log.sqlite"), Store(place.store.root)
-    place.catalog = Catalog(place.catalog.uri, log_id=place.log.log_id)
+    place.log, place.store = Log(place.home / "log.sqlite"), Store(getattr(place.store, "config", None) or place.store.root)
+    place.catalog = Catalog(place.catalog.uri, log_id=place.log.log_id, storage_options=place.catalog.storage_options)
     return place
 
 
 STEPS = ["append", "put", "put", "put", "put", "swap", "put", "delete", "delete", "delete", "delete", "append"]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("nth", range(1, len(STEPS) + 1))
-def test_killed_at_any_step_and_run_again_nothing_is_left_half_done(filled, base, tmp_path, nth, when):
-    place, knife = copied(filled, tmp_path / "home"), Knife(nth, when)
+@killed_at(len(STEPS), (6, "before"), (6, "after"), (8, "after"))
+def test_killed_at_any_step_and_run_again_nothing_is_left_half_done(place, base, nth, when):
+    knife = Knife(nth, when)
     before, url = stored(place), f"{base}/3.jpg"
     place.log.append([denial(Selector.of("url", f"{base}/trouble/page"), reason="", by="")])  # another one, not applied: it goes too
     with pytest.raises(Killed):
@@ -177,6 +183,7 @@ def test_killed_at_any_step_and_run_again_nothing_is_left_half_done(filled, base
     assert {json.loads(v)["state"] for v in place.log.table(TAKEDOWNS).values()} == {APPLIED}
 
 
+@folder_only
 def test_a_conflict_that_does_not_end_is_told(place, base, monkeypatch):
     def never(*args, **more):
         raise Conflict("someone else")

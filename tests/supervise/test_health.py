@@ -25,10 +25,10 @@ def get(port, path):
 @pytest.mark.parametrize(
     ("said", "healthy", "ready"),
     [
-        ({"state": "fetching", "full": ""}, 200, 200),
+        ({"state": "fetching", "waiting": ""}, 200, 200),
         ({"state": "starting"}, 200, 503),
-        ({"state": "full", "full": "/spool: no space left"}, 200, 503),
-        ({"state": "fetching", "full": "Kafka (a:1): read"}, 200, 503),
+        ({"state": "waiting", "waiting": "/spool: no space left", "waiting_since": "2026-11-21T12:00:00.000Z"}, 200, 503),
+        ({"state": "learning", "unwritten": "/home/history/train.jsonl: no space left"}, 200, 503),
         ({"state": "finished"}, 200, 200),
     ],
 )
