@@ -172,12 +172,13 @@ def test_nothing_of_one_host_is_told_to_another_and_no_header_leads_elsewhere(tm
 
     async def go():
         async with House() as house, Client(CONFIG) as client:
-            for path in ("401", "404", f"302?{house.other}/401", "401"):
+            with_password = house.other.replace("://", "://me:secret@")
+            for path in ("401", "404", f"302?{house.other}/401", "401", f"302?{with_password}/401"):
                 await client.fetch(candidate(f"{house.base}/{path}"))
             return house
 
     house = asyncio.run(go())
-    assert [path for path, _ in house.seen] == ["/401", "/404", "/302", "/401", "/401"] and house.reached == []
+    assert [path for path, _ in house.seen] == ["/401", "/404", "/302", "/401", "/401", "/302"] and house.reached == []
     for _, headers in house.seen:
         assert set(headers) == {"host", "user-agent", "accept"}
 
