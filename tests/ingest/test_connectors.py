@@ -215,7 +215,8 @@ def test_a_file_that_is_still_being_written_waits(log, tmp_path):
 def test_a_folder_connector_killed_at_any_append_misses_nothing_and_repeats_nothing(log, tmp_path, monkeypatch, when, nth):
     monkeypatch.setattr("ingest.connectors.folder.BATCH", 3)
     for i in range(10):
-        put(tmp_path / "images" / f"{i}.jpg", i, age_s=100 - (i // 4))  # several share a time of change
+        put(tmp_path / "images" / f"{i}.jpg", i)
+        os.utime(tmp_path / "images" / f"{i}.jpg", ns=(0, (1_700_000_000 + i // 4) * 10**9))  # several share a time of change
     log.countdown, log.when = nth, when
     with pytest.raises(Killed):
         go(log, connector(tmp_path / "images", kind="folder"))

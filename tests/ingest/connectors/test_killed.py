@@ -84,7 +84,8 @@ def sources(tmp_path, bucket):
     for part in range(4):
         pq.write_table(pa.table({"url": numbered["parts"][part * 10 : part * 10 + 10]}), tmp_path / "parts" / f"{part}.parquet")
     for n in range(N):
-        put(tmp_path / "images" / f"{n:02}.jpg", n, age_s=100 - n // 4)  # several share a time of change
+        put(tmp_path / "images" / f"{n:02}.jpg", n)
+        os.utime(tmp_path / "images" / f"{n:02}.jpg", ns=(0, (1_700_000_000 + n // 4) * 10**9))  # several share a time of change
         s3.put(bucket, f"{n:02}.jpg")
     (tmp_path / "a.wat.gz").write_bytes(crawl.INFO + b"".join(crawl.wat(n, n + 1) for n in range(0, N - 20, 2)))
     (tmp_path / "b.wat.gz").write_bytes(crawl.wat(*range(N - 20, N)))
