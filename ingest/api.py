@@ -19,12 +19,12 @@ from typing import Any
 from aiohttp import web
 
 from ingest.connectors import book, definitions, plugins
-from ingest.connectors.base import dump, load
+from ingest.connectors.base import Cursor, load
 from ingest.connectors.configure import from_connect, local_paths, to_connect
 from ingest.connectors.worker import Workers
 from streamlearn.contract.config import Config, ConnectConfig
 from streamlearn.contract.errors import ConfigError, NotFound, Retryable
-from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, EventLog, NewRecord
+from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, EventLog
 
 MAX_BODY = 2**18  # bytes
 logger = logging.getLogger(__name__)
@@ -70,14 +70,30 @@ class Api:
         tasks = [] if found["state"] in (book.STOPPED, "UNASSIGNED") else [{"id": 0} | of]
         return {"name": name, "connector": of, "tasks": tasks, "type": "source"}
 
+    def tasks(self, entry: book.Entry) -> list[dict[str, Any]]:
+        name, config = entry.config.name, to_connect(entry.config)["config"]
+        return [{"id": {"connector": name, "task": 0}, "config": config}]
+
+    def task(self, name: str, number: str) -> dict[str, Any]:
+        tasks: list[dict[str, Any]] = self.status(name, self.entry(name))["tasks"]
+        found = next((task for task in tasks if str(task["id"]) == number), None)
+        if found is None:
+            raise NotFound(f"no status of task {number} of connector {name}")
+        return found
+
+    def topics(self, entry: book.Entry) -> dict[str, Any]:
+        return {entry.config.name: {"topics": [CANDIDATES, entry.config.dead_letter_topic]}}
+
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
-        name, flat = body.get("name"), body.get("config")
+        name, flat, target = body.get("name"), body.get("config"), body.get("initial_state", book.RUNNING)
         if not isinstance(name, str) or not isinstance(flat, dict):
             raise Wrong(422, 'a connector is {"name": "...", "config": {"connector.class": "...", ...}}')
+        if target not in book.TARGETS:
+            raise Wrong(400, f"initial_state = {target!r}: one of {', '.join(book.TARGETS)}")
         with self.lock:
             if name in book.entries(self.config, self.log):
                 raise Wrong(409, f"Connector {name} already exists")
-            self._put(name, flat)
+            self._put(name, flat, target)
         return self.info(self.entry(name))
 
     def configure(self, name: str, flat: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -88,25 +104,36 @@ class Api:
             self._put(name, flat)
         return 201 if before is None else 200, self.info(self.entry(name))
 
-    def _put(self, name: str, flat: dict[str, Any]) -> None:
+    def change(self, name: str, patch: dict[str, Any]) -> dict[str, Any]:
+        """As RFC 7396 merges: null takes a key away."""
+        with self.lock:
+            before = self.entry(name)
+            if before.in_file:
+                raise Wrong(409, _in_file(name))
+            merged = to_connect(before.config)["config"] | patch
+            self._put(name, {key: value for key, value in merged.items() if value is not None})
+        return self.info(self.entry(name))
+
+    def _put(self, name: str, flat: dict[str, Any], target: str = book.RUNNING) -> None:
         if flat.get("name", name) != name:
             raise Wrong(400, f"the config says name = {flat['name']!r}, the request {name!r}")
         config = from_connect({"name": name} | flat, where="request")
         for key, value in local_paths(config).items():
             if not value.startswith("/"):
                 raise ConfigError(f"connector {name}: {key} = {value!r}: give the whole path, a request has no folder of its own")
-        book.put(self.config, self.log, config)
+        book.put(self.config, self.log, config, target)
 
     def aim(self, name: str, target: str) -> None:
         with self.lock:
             book.aim(self.config, self.log, name, target)
 
-    def restart(self, name: str, *, only_failed: bool) -> None:
+    def restart(self, name: str, *, only_failed: bool = False, tasks: bool = False) -> tuple[int, dict[str, Any] | None]:
+        """A connector and its one task are one thread, so they are restarted together; asked in the newer way, it is told how they are."""
         with self.lock:
             entry = self.entry(name)
-            if only_failed and self.workers.states({name: entry})[name]["state"] != "FAILED":
-                return
-            book.restart(self.config, self.log, name)
+            if not only_failed or self.workers.states({name: entry})[name]["state"] == "FAILED":
+                book.restart(self.config, self.log, name)
+        return (202, self.status(name, entry)) if only_failed or tasks else (204, None)
 
     def delete(self, name: str) -> None:
         with self.lock:
@@ -121,13 +148,23 @@ class Api:
         return {"offsets": [] if cursor is None else [{"partition": {"connector": name}, "offset": cursor}]}
 
     def forget(self, name: str) -> dict[str, str]:
-        """The connector begins anew; what it announces again is announced anew too."""
+        self._move(name, None)
+        return {"message": "The offsets for this connector have been reset successfully"}
+
+    def alter(self, name: str, body: dict[str, Any]) -> dict[str, str]:
+        """A source of ours has one partition, so one offset: its cursor."""
+        match body.get("offsets"):
+            case [{"partition": {"connector": str(said)}, "offset": dict() | None as cursor}] if said == name:
+                self._move(name, cursor)
+            case _:
+                raise Wrong(400, f'an offset is {{"offsets": [{{"partition": {{"connector": "{name}"}}, "offset": {{...}} or null}}]}}')
+        return {"message": "The offsets for this connector have been altered successfully"}
+
+    def _move(self, name: str, cursor: Cursor | None) -> None:
         with self.lock:
             if self.entry(name).target != book.STOPPED or not self.workers.idle(name):
                 raise Wrong(409, f"Connector {name} is not stopped: PUT /connectors/{name}/stop, and wait until its status says STOPPED")
-            ends = {p: self.log.bounds(CANDIDATES, p)[1] for p in range(self.log.partitions(CANDIDATES))}
-            self.log.append([NewRecord(SOURCE_STATE, name.encode(), dump({"cursor": None, "ends": ends}))])
-        return {"message": "The offsets for this connector have been reset successfully"}
+            book.move(self.log, name, cursor)
 
     def classes(self) -> list[dict[str, str]]:
         return [{"class": p.name, "type": "source", "version": p.version} for p in plugins.plugins().values()]
@@ -137,6 +174,14 @@ class Api:
             raise NotFound(f"no connector class {name}")
         return definitions.validate(name, {"connector.class": name} | flat)
 
+    def keys(self, name: str) -> list[dict[str, Any]]:
+        return [one["definition"] for one in self.validate(name, {})["configs"]]
+
+    def health(self) -> dict[str, str]:
+        """Whether orders can be read; how each connector does is /connectors?expand=status."""
+        self.names([])
+        return {"status": "healthy", "message": "Worker has completed startup and is ready to handle requests."}
+
 
 def routes(api: Api) -> list[web.RouteDef]:
     """Connect's paths."""
@@ -144,30 +189,47 @@ def routes(api: Api) -> list[web.RouteDef]:
     def get(call: Callable[[web.Request], Any], status: int = 200) -> Handler:
         return functools.partial(_answer, lambda request: (status, call(request)))
 
+    def put(call: Callable[[web.Request, dict[str, Any]], Any], status: int = 200) -> Handler:
+        return functools.partial(_with_body, lambda request, body: (status, call(request, body)))
+
+    def restart(request: web.Request) -> tuple[int, Any]:
+        return api.restart(_name(request), only_failed=_flag(request, "onlyFailed"), tasks=_flag(request, "includeTasks"))
+
+    def restart_task(request: web.Request) -> None:
+        api.task(_name(request), request.match_info["task"])
+        api.restart(_name(request))
+
+    one, plugin = "/connectors/{name}", "/connector-plugins/{name}"
     return [
         web.get("/", get(lambda _: api.root())),
+        web.get("/health", get(lambda _: api.health())),
         web.get("/connectors", get(lambda r: api.names(r.query.getall("expand", [])))),
-        web.post("/connectors", functools.partial(_with_body, lambda _, body: (201, api.create(body)))),
-        web.get("/connectors/{name}", get(lambda r: api.info(api.entry(_name(r))))),
-        web.delete("/connectors/{name}", get(lambda r: api.delete(_name(r)), 204)),
-        web.get("/connectors/{name}/config", get(lambda r: to_connect(api.entry(_name(r)).config)["config"])),
-        web.put("/connectors/{name}/config", functools.partial(_with_body, lambda r, body: api.configure(_name(r), body))),
-        web.get("/connectors/{name}/status", get(lambda r: api.status(_name(r), api.entry(_name(r))))),
-        web.get("/connectors/{name}/tasks", get(lambda r: api.info(api.entry(_name(r)))["tasks"])),
-        web.put("/connectors/{name}/pause", get(lambda r: api.aim(_name(r), book.PAUSED), 202)),
-        web.put("/connectors/{name}/resume", get(lambda r: api.aim(_name(r), book.RUNNING), 202)),
-        web.put("/connectors/{name}/stop", get(lambda r: api.aim(_name(r), book.STOPPED), 204)),
-        web.post(
-            "/connectors/{name}/restart",
-            get(lambda r: api.restart(_name(r), only_failed=r.query.get("onlyFailed", "").lower() == "true"), 204),
-        ),
-        web.get("/connectors/{name}/offsets", get(lambda r: api.offsets(_name(r)))),
-        web.delete("/connectors/{name}/offsets", get(lambda r: api.forget(_name(r)))),
+        web.post("/connectors", put(lambda _, body: api.create(body), 201)),
+        web.get(one, get(lambda r: api.info(api.entry(_name(r))))),
+        web.delete(one, get(lambda r: api.delete(_name(r)), 204)),
+        web.get(f"{one}/config", get(lambda r: to_connect(api.entry(_name(r)).config)["config"])),
+        web.put(f"{one}/config", functools.partial(_with_body, lambda r, body: api.configure(_name(r), body))),
+        web.patch(f"{one}/config", put(lambda r, body: api.change(_name(r), body))),
+        web.get(f"{one}/status", get(lambda r: api.status(_name(r), api.entry(_name(r))))),
+        web.get(f"{one}/tasks", get(lambda r: api.tasks(api.entry(_name(r))))),
+        web.get(f"{one}/tasks/{{task}}/status", get(lambda r: api.task(_name(r), r.match_info["task"]))),
+        web.post(f"{one}/tasks/{{task}}/restart", get(restart_task, 204)),
+        web.get(f"{one}/topics", get(lambda r: api.topics(api.entry(_name(r))))),
+        web.put(f"{one}/pause", get(lambda r: api.aim(_name(r), book.PAUSED), 202)),
+        web.put(f"{one}/resume", get(lambda r: api.aim(_name(r), book.RUNNING), 202)),
+        web.put(f"{one}/stop", get(lambda r: api.aim(_name(r), book.STOPPED), 204)),
+        web.post(f"{one}/restart", functools.partial(_answer, restart)),
+        web.get(f"{one}/offsets", get(lambda r: api.offsets(_name(r)))),
+        web.patch(f"{one}/offsets", put(lambda r, body: api.alter(_name(r), body))),
+        web.delete(f"{one}/offsets", get(lambda r: api.forget(_name(r)))),
         web.get("/connector-plugins", get(lambda _: api.classes())),
-        web.put(
-            "/connector-plugins/{name}/config/validate", functools.partial(_with_body, lambda r, body: (200, api.validate(_name(r), body)))
-        ),
+        web.get(f"{plugin}/config", get(lambda r: api.keys(_name(r)))),
+        web.put(f"{plugin}/config/validate", put(lambda r, body: api.validate(_name(r), body))),
     ]
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    return request.query.get(name, "").lower() == "true"
 
 
 def _name(request: web.Request) -> str:

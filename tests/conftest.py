@@ -10,6 +10,7 @@ from tests.adapters.s3 import bucket, s3_environment, s3_server  # noqa: F401  f
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: idle threads must not spin while roles run beside the tests
 settings.register_profile("streamlearn", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy machines are no bug
+settings.register_profile("thorough", settings.get_profile("streamlearn"), max_examples=20_000)  # pytest --hypothesis-profile=thorough
 settings.load_profile("streamlearn")
 REPO = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ingest.connectors.base import dump
+from ingest.connectors.base import Cursor, dump
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, NotFound
-from streamlearn.contract.event_log import CONNECTOR_CONFIGS, EventLog, NewRecord
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, SOURCE_STATE, EventLog, NewRecord
 
 RUNNING, PAUSED, STOPPED = TARGETS = ("RUNNING", "PAUSED", "STOPPED")
 logger = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ def write(log: EventLog, entry: Entry) -> None:
     _append(log, entry.config.name, {"config": config, "target": entry.target, "restarts": entry.restarts})
 
 
-def put(config: Config, log: EventLog, wanted: ConnectorConfig) -> str:
-    """Make or change a connector: created, updated or unchanged.  Raises ConfigError where it stands in the file."""
+def put(config: Config, log: EventLog, wanted: ConnectorConfig, target: str = RUNNING) -> str:
+    """Make or change a connector: created, as `target` says, updated or unchanged.  Raises ConfigError where it stands in the file."""
     before = entries(config, log).get(wanted.name)
     if before is None:
-        write(log, Entry(wanted))
+        write(log, Entry(wanted, target))
         return "created"
     editable(before)
     if before.config == wanted:
@@ -109,6 +109,12 @@ def delete(config: Config, log: EventLog, name: str) -> None:
     """The cursor stays: a connector that is made anew under this name goes on from it.  Raises NotFound, ConfigError."""
     editable(find(config, log, name))
     _append(log, name, {"deleted": True})
+
+
+def move(log: EventLog, name: str, cursor: Cursor | None) -> None:
+    """Where a connector goes on; None: it begins anew.  What it announces again is announced anew too.  Nobody may have it meanwhile."""
+    ends = {p: log.bounds(CANDIDATES, p)[1] for p in range(log.partitions(CANDIDATES))}
+    log.append([NewRecord(SOURCE_STATE, name.encode(), dump({"cursor": cursor, "ends": ends}))])
 
 
 def find(config: Config, log: EventLog, name: str) -> Entry:

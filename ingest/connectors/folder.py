@@ -68,8 +68,8 @@ class FolderConnector:
             if path.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in path.relative_to(self.folder).parts):
                 try:
                     stat = path.stat()
-                except FileNotFoundError:
-                    continue  # removed while we looked
+                except OSError:
+                    continue  # removed while we looked; a link that goes round; not ours to read
                 if path.is_file() and stat.st_mtime_ns <= rested:
                     files.append((stat.st_mtime_ns, path.relative_to(self.folder).as_posix(), path))
         return sorted((m, n, p) for m, n, p in files if m > at or (m == at and n not in named))

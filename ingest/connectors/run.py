@@ -155,8 +155,9 @@ class Source:
         new = [c for c in found.candidates if key_of(c) not in self.told]
         records = [NewRecord(CANDIDATES, politeness_key(c.url), c.to_json()) for c in new]
         for where, what, why in found.refused:
-            letter = {"origin": f"{self.name}: {where}", "url": what, "reason": "bad_url", "detail": why[:500], "at": now()}
-            records.append(NewRecord(self.errors.dead_letter_topic, self.name.encode(), json.dumps(letter, ensure_ascii=False).encode()))
+            letter = {"origin": f"{self.name}: {where[:1000]}", "url": what[:2000], "reason": "bad_url", "detail": why[:500], "at": now()}
+            text = json.dumps(letter, ensure_ascii=False).encode("utf-8", "replace")  # a file's name, and so on, may be no text
+            records.append(NewRecord(self.errors.dead_letter_topic, self.name.encode(), text))
         places = self.log.append(records) if records else []
         for (partition, offset), _ in zip(places, new, strict=False):  # the candidates come first
             self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)

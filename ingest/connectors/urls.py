@@ -1,16 +1,19 @@
 """Lists of URLs: text (one a line, # comments), CSV with a header, or parquet: one file, a folder of parts, or a glob of them.
 
-The cursor is a byte of a text or CSV file; of parquet, the parts that are done, the one being read, and its row.  Parts are read in the
-order of their names, and one that is added later is read too, wherever its name stands.  With `follow`, a growing text or CSV file is read
-on; only whole lines count, so a line that is being written waits.  Columns of licence and caption are taken along where they exist, by the
-names that img2dataset, LAION, COYO and DataComp give them.
+The cursor is a byte of a text or CSV file, in which a record is a line; of parquet, the parts that are done, the one being read, and its row.
+Parts are read in the order of their names, and one that is added later is read too, wherever its name stands.  With `follow`, a growing text or
+CSV file is read on; only whole lines count, so a line that is being written waits.  Columns of licence and caption are taken along where they
+exist, by the names that img2dataset, LAION, COYO and DataComp give them.
+
+What is broken: a line, a row or a group of rows is refused with its place, and reading goes on behind it.  A part whose end is not there, or that
+the system cannot read, may be on its way: it is tried again, and holds up no other.
 """
 
 import csv
 import glob
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -26,6 +29,7 @@ from streamlearn.contract.status import now
 URL = ("url", "URL", "image_url", "img_url", "imageUrl", "IMAGE_URL", "photo_image_url")  # the first that is there
 ALT = ("alt", "TEXT", "caption", "text", "CAPTION", "alt_text")
 LICENSE = ("license", "LICENSE", "licence")
+MAX_LINE = 2**17  # bytes; Python's csv reads no longer field
 MAX_PARTS = 4096  # the cursor names those that are done, and is one record of the log
 
 
@@ -83,9 +87,10 @@ class UrlsConnector:
         try:
             if suffix == ".parquet":
                 return list(pq.read_schema(path).names)
-            with path.open(newline="", encoding="utf-8-sig") as f:
-                return next(csv.reader(f), [])
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+            with path.open("rb") as f:
+                first = f.readline(2 * MAX_LINE).decode("utf-8-sig", "replace").rstrip("\r\n")
+            return next(csv.reader([first]), [])
+        except (pa.ArrowException, OSError, csv.Error) as e:
             raise ConfigError(f"connector {self.name}: {path}: cannot be read: {e}") from e
 
     def _lines(self, start: int) -> Iterator[Found]:
@@ -97,21 +102,36 @@ class UrlsConnector:
                 f.readline()
             else:
                 f.seek(start)
-            while (raw := f.readline()).endswith(b"\n") or (raw and not self.options.follow):
-                at = f.tell()
-                self._line(raw, f"byte {at - len(raw)}", columns, column, found)
-                found.cursor = {"byte": at}
+            place = f.tell()
+            while (raw := self._whole_line(f)) is not None:
+                self._line(raw, f"byte {place}", columns, column, found)
+                place = f.tell()
+                found.cursor = {"byte": place}
                 if len(found) >= BATCH:
                     yield found
                     found = Found()
         if found.cursor:
             yield found
 
+    def _whole_line(self, f: BinaryIO) -> bytes | None:
+        """The next one; of an overlong one the beginning, with `f` at its end.  None at the file's end, or where one is being written."""
+        line = piece = f.readline(MAX_LINE + 1)
+        while len(piece) > MAX_LINE and not piece.endswith(b"\n"):
+            piece = f.readline(MAX_LINE + 1)
+        return line if piece.endswith(b"\n") or (line and not self.options.follow) else None
+
     def _line(self, raw: bytes, where: str, columns: list[str] | None, column: str | None, found: Found) -> None:
         text = raw.decode("utf-8", "replace").lstrip("\ufeff").strip()
         if not text or (columns is None and text.startswith("#")):
             return
-        fields = {"url": text} if columns is None else dict(zip(columns, next(csv.reader([text]), []), strict=False))
+        if len(raw) > MAX_LINE:
+            found.refused.append((where, text[:500], f"a line over {MAX_LINE} bytes"))
+            return
+        try:
+            fields = {"url": text} if columns is None else dict(zip(columns, next(csv.reader([text]), []), strict=False))
+        except csv.Error as e:
+            found.refused.append((where, text[:500], f"no line of CSV: {e}"))
+            return
         self._add(fields, column, where, found)
 
     def _parts(self) -> dict[str, Path]:
@@ -157,23 +177,32 @@ class UrlsConnector:
         if column is None:
             raise ConfigError(f"no column of URLs; there are {', '.join(columns)}")
         wanted = [c for c in dict.fromkeys((column, *LICENSE, *ALT)) if c in columns]
-        row = 0
+        end = 0
         for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if row + count > start:
-                rows = file.read_row_group(group, columns=wanted).slice(max(0, start - row)).to_pylist()
-                at = max(row, start)
-                for begin in range(0, len(rows), BATCH):
-                    found = Found()
-                    for i, fields in enumerate(rows[begin : begin + BATCH]):
-                        self._add(fields, column, f"{place} {at + begin + i}", found)
-                    yield found, at + min(begin + BATCH, len(rows))
-            row += count
+            begin, end = max(start, end), end + file.metadata.row_group(group).num_rows
+            if end <= start:
+                continue
+            try:
+                rows = _plain(file.read_row_group(group, columns=wanted))
+            except (pa.ArrowException, OSError) as e:
+                if isinstance(e, OSError) and e.errno is not None:  # the system's; Arrow's own, of a broken page, has none
+                    raise
+                yield (
+                    Found(refused=[(f"{place} {begin}", f"{end - begin} rows, to {end - 1}", f"group {group} cannot be read: {e}"[:500])]),
+                    end,
+                )
+                continue
+            for at in range(begin, end, BATCH):
+                found = Found()
+                for i, fields in enumerate(rows.slice(at - end + rows.num_rows, min(BATCH, end - at)).to_pylist(), at):
+                    self._add(fields, column, f"{place} {i}", found)
+                yield found, min(at + BATCH, end)
 
     def _add(self, fields: Mapping[str, Any], column: str | None, where: str, found: Found) -> None:
-        url = str(fields.get(column or "") or "").strip()
-        alt = next((str(fields[c]) for c in ALT if fields.get(c)), None)
-        license_ = next((str(fields[c]) for c in LICENSE if fields.get(c) and fields[c] != "?"), None)  # LAION writes ? for unknown
+        said = {name: _text(value) for name, value in fields.items()}
+        url = said.get(column or "", "").strip()
+        alt = next((said[c] for c in ALT if said.get(c)), None)
+        license_ = next((said[c] for c in LICENSE if said.get(c, "?") not in ("", "?")), None)  # LAION writes ? for unknown
         try:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise ValueError("not an http or https URL")
@@ -183,3 +212,19 @@ class UrlsConnector:
             found.refused.append((where, url[:500], str(e)))
         else:
             found.candidates.append(candidate)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Texts as bytes: what is no UTF-8 is one row's trouble, not its group's."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            table = table.set_column(
+                i, field.name, table.column(i).cast(pa.large_binary() if pa.types.is_large_string(field.type) else pa.binary())
+            )
+    return table
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return "" if value is None else str(value)

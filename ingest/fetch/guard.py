@@ -10,11 +10,14 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 MARK = "address refused"  # aiohttp folds several failed addresses into one message; this survives it
-_CARRIES_IPV4 = (ip_network("::ffff:0:0/96"), ip_network("64:ff9b::/96"))  # mapped, NAT64: judged by the address inside
+_CARRIES_IPV4 = tuple(  # mapped, translated (SIIT), NAT64: judged by the address inside
+    ip_network(block) for block in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
+)
 _NEVER = tuple(
     ip_network(block)
     for block in (
         "100.64.0.0/10",  # carriers' NAT
+        "168.63.129.16/32",  # Azure's host agent: public by its number, and yet the machine's own metadata service
         "192.0.0.0/24",  # protocol assignments
         "::/96",  # IPv4-compatible, long deprecated
         "64:ff9b:1::/48",  # local NAT64: leads anywhere

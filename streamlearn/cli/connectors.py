@@ -20,7 +20,7 @@ from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, NotFound
-from streamlearn.contract.event_log import CONNECTOR_CONFIGS, SOURCE_STATE, EventLog
+from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, SOURCE_STATE, EventLog
 from streamlearn.view import overview
 
 _HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
@@ -31,7 +31,7 @@ _NAME = click.argument("name")
 
 @click.group()
 def connectors() -> None:
-    """Sources of candidates: list, validate, plan, start, pause, resume, restart, status, delete."""
+    """Sources of candidates: list, validate, plan, start, pause, resume, stop, restart, status, offsets, delete."""
 
 
 @connectors.command("list")
@@ -123,8 +123,38 @@ def _order(name: str, text: str, obey: Callable[[Config, EventLog, str], None]) 
 
 _order("pause", "Stop discovering; what it holds stays open.  Survives restarts.", lambda c, g, n: book.aim(c, g, n, book.PAUSED))
 _order("resume", "Go on at the cursor.", lambda c, g, n: book.aim(c, g, n, book.RUNNING))
+_order("stop", "Close it and let go of what it holds.  Survives restarts.", lambda c, g, n: book.aim(c, g, n, book.STOPPED))
 _order("restart", "Close it and open it again: after FAILED, once what it says is mended.", book.restart)
 _order("delete", "Remove it.  Its cursor stays: one made anew under this name goes on from there.", book.delete)
+
+
+@connectors.command()
+@_HOME
+@_NAME
+@click.option("--reset", is_flag=True, help="Begin anew: what is announced again is announced anew too.")
+@click.option("--set", "cursor", help="Go on there: a JSON object, as this command shows it.")
+def offsets(home: Path, name: str, reset: bool, cursor: str | None) -> None:
+    """How far a connector has got in its source; of a stopped one, --reset or --set it."""
+    config, log = _open(home)
+    entry = book.find(config, log, name)
+    if reset or cursor is not None:
+        to = None if reset else _object(cursor or "")
+        if entry.target != book.STOPPED or _status(home, entry)["state"] not in (book.STOPPED, "UNASSIGNED"):
+            raise ConfigError(
+                f"connector {name} is not stopped: `streamlearn connectors stop {name}`, and wait until its status says STOPPED"
+            )
+        book.move(log, name, to)
+    click.echo(json.dumps(_cursor(log, name)))
+
+
+def _object(text: str) -> Cursor:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"--set {text!r}: not JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f'--set {text!r}: a JSON object is wanted, such as {{"byte": 0}}')
+    return found
 
 
 def _config(home: Path) -> Config:
@@ -137,7 +167,7 @@ def _config(home: Path) -> Config:
 def _open(home: Path) -> tuple[Config, EventLog]:
     config = _config(home)
     log = Home(home.resolve(), config).log()
-    for topic in (CONNECTOR_CONFIGS, SOURCE_STATE):
+    for topic in (CANDIDATES, CONNECTOR_CONFIGS, SOURCE_STATE):
         log.ensure_topic(topic, config.log.partitions)
     return config, log
 

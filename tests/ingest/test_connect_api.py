@@ -33,7 +33,8 @@ def test_a_connectors_life(role):
     assert (status, made) == (201, info)
     assert role.call("GET", "/connectors") == (200, ["c", "fixed"])
     assert role.call("GET", "/connectors/c") == (200, info) and role.call("GET", "/connectors/c/config") == (200, info["config"])
-    assert role.call("GET", "/connectors/c/tasks") == (200, info["tasks"])
+    assert role.call("GET", "/connectors/c/tasks") == (200, [{"id": info["tasks"][0], "config": info["config"]}])
+    assert role.call("GET", "/connectors/c/topics") == (200, {"c": {"topics": ["candidates", "dead-letters"]}})
     role.reaches("c", "RUNNING")
     worker = f"127.0.0.1:{role.port}"
     status = {
@@ -43,6 +44,7 @@ def test_a_connectors_life(role):
         "type": "source",
     }
     assert role.call("GET", "/connectors/c/status") == (200, status)
+    assert role.call("GET", "/connectors/c/tasks/0/status") == (200, status["tasks"][0])
     expanded = role.call("GET", "/connectors?expand=status&expand=info")[1]
     assert expanded["c"] == {"status": status, "info": info} and set(expanded) == {"c", "fixed"}
     until(lambda: len(urls(role.log, "c")) == 5)
@@ -66,6 +68,49 @@ def test_offsets_are_told_and_only_a_stopped_connector_forgets_them(role):
     role.call("PUT", "/connectors/fixed/resume")
     until(lambda: len(urls(role.log, "fixed")) == 4)  # from the beginning, once more
     assert urls(role.log, "fixed") == sorted(2 * expected("fixed", 2))
+
+
+def test_a_connector_can_be_made_paused_and_be_changed_key_by_key(role):
+    assert role.call("POST", "/connectors", {"name": "c", "config": FLAT, "initial_state": "PAUSED"})[0] == 201
+    role.reaches("c", "PAUSED")
+    status, changed = role.call("PATCH", "/connectors/c/config", {"steps": "7", "poll.interval.ms": None, "pause_s": "0.001"})
+    assert status == 200 and changed["config"] == {"name": "c", "connector.class": "steps", "steps": "7", "pause_s": "0.001"}
+    role.reaches("c", "PAUSED")  # still
+    assert urls(role.log, "c") == [] and role.call("PUT", "/connectors/c/resume")[0] == 202
+    until(lambda: urls(role.log, "c") == expected("c", 7))
+
+
+def test_restarts_close_and_open_whoever_is_asked_of(role):
+    """In each way of asking; a connector that has not failed is left alone where only failed ones are meant."""
+    until(lambda: len(urls(role.log, "fixed")) == 2)
+    for path, code, again in [
+        ("restart", 204, True),
+        ("tasks/0/restart", 204, True),
+        ("restart?includeTasks=true", 202, True),
+        ("restart?includeTasks=true&onlyFailed=true", 202, False),
+    ]:
+        before = steps.OPEN[0]
+        status, body = role.call("POST", f"/connectors/fixed/{path}")
+        assert status == code and (body["tasks"][0]["state"] in ("RUNNING", "UNASSIGNED") if code == 202 else body is None)
+        if again:
+            until(lambda before=before: steps.OPEN and steps.OPEN[0] is not before)
+        role.reaches("fixed", "RUNNING")
+    assert len(steps.OPEN) == 1 and steps.OPEN[0] is before and urls(role.log, "fixed") == expected("fixed", 2)
+
+
+def test_offsets_are_set_only_where_nobody_has_them(role):
+    until(lambda: len(urls(role.log, "fixed")) == 2)
+    to = {"offsets": [{"partition": {"connector": "fixed"}, "offset": {"step": 1}}]}
+    assert role.call("PATCH", "/connectors/fixed/offsets", to)[0] == 409
+    role.call("PUT", "/connectors/fixed/stop")
+    role.reaches("fixed", "STOPPED")
+    assert role.call("GET", "/connectors/fixed/tasks/0/status")[0] == 404  # it has none now
+    for wrong in ({}, {"offsets": []}, {"offsets": [{"partition": {"connector": "other"}, "offset": {}}]}, {"offsets": [{"offset": 1}]}):
+        status, error = role.call("PATCH", "/connectors/fixed/offsets", wrong)
+        assert status == 400 and "an offset is" in error["message"]
+    assert role.call("PATCH", "/connectors/fixed/offsets", to)[0] == 200 and role.call("GET", "/connectors/fixed/offsets") == (200, to)
+    role.call("PUT", "/connectors/fixed/resume")
+    until(lambda: urls(role.log, "fixed") == sorted([*expected("fixed", 2), "http://fixed/1.jpg"]))
 
 
 def test_offsets_are_not_forgotten_under_a_thread_that_still_writes_them(role, tmp_path):
@@ -99,6 +144,13 @@ WRONG = [
     ("POST", "/connectors", {"name": "c", "config": {"connector.class": "stepz"}}, 400, "did you mean steps?"),
     ("POST", "/connectors", {"name": "c", "config": FLAT | {"name": "d"}}, 400, "the config says name = 'd'"),
     ("POST", "/connectors", {"name": "c", "config": {"connector.class": "folder", "path": "images"}}, 400, "give the whole path"),
+    ("POST", "/connectors", {"name": "c", "config": FLAT, "initial_state": "ASLEEP"}, 400, "one of RUNNING, PAUSED, STOPPED"),
+    ("PATCH", "/connectors/fixed/config", {"steps": "9"}, 409, "stands in the configuration file"),
+    ("PATCH", "/connectors/none/config", {"steps": "9"}, 404, "connector none not found"),
+    ("GET", "/connectors/fixed/tasks/7/status", None, 404, "no status of task 7"),
+    ("POST", "/connectors/fixed/tasks/7/restart", None, 404, "no status of task 7"),
+    ("GET", "/connectors/none/topics", None, 404, "connector none not found"),
+    ("GET", "/connector-plugins/none/config", None, 404, "no connector class none"),
     ("POST", "/connectors", {"name": "c"}, 422, "a connector is"),
     ("POST", "/connectors", {"name": 3, "config": FLAT}, 422, "a connector is"),
     ("POST", "/connectors", [], 422, "a JSON object is wanted, not list"),
@@ -130,7 +182,9 @@ def test_plugins_are_told_and_validate(role):
     assert status == 200 and answer["error_count"] == 1
     errors = [error for c in answer["configs"] for error in c["value"]["errors"]]
     assert len(errors) == 1 and errors[0].startswith("steps = 'many': input should be a valid integer")
-    assert role.call("GET", "/")[1]["kafka_cluster_id"] == role.log.log_id
+    keys = {key["name"]: key for key in role.call("GET", "/connector-plugins/steps/config")[1]}
+    assert keys["steps"]["required"] and keys["poll.interval.ms"]["default_value"] == "1000" and keys["words"]["type"] == "LIST"
+    assert role.call("GET", "/")[1]["kafka_cluster_id"] == role.log.log_id and role.call("GET", "/health")[1]["status"] == "healthy"
 
 
 def test_a_page_in_a_browser_cannot_give_orders_under_a_name_of_its_own(role):

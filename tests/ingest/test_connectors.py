@@ -72,16 +72,20 @@ def urls(log):
 
 @pytest.mark.parametrize("when", ["before", "half way", "after"])
 @pytest.mark.parametrize("nth", range(1, 8))
-def test_killed_at_any_append_every_line_is_announced_exactly_once(log, tmp_path, monkeypatch, when, nth):
+@pytest.mark.parametrize("kind", ["txt", "csv", "parquet"])
+def test_killed_at_any_append_every_line_is_announced_exactly_once(log, tmp_path, monkeypatch, when, nth, kind):
     monkeypatch.setattr("ingest.connectors.urls.BATCH", 4)
-    lines = [f"http://x/{i}.jpg" for i in range(11)]
-    (tmp_path / "u.txt").write_text("\n".join(lines) + "\n")
+    lines, path = [f"http://x/{i}.jpg" for i in range(11)], tmp_path / f"u.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"url": lines}), path, row_group_size=5)  # the batches of four end at 4, 5, 9, 10, 11
+    else:
+        path.write_text("".join(f"{line}\n" for line in (["url"] if kind == "csv" else []) + lines))
     log.countdown, log.when = nth, when
     with pytest.raises(Killed):
-        go(log, connector(tmp_path / "u.txt"))
+        go(log, connector(path))
     log.countdown = -1
-    go(log, connector(tmp_path / "u.txt"))
-    assert urls(log) == sorted(lines)
+    go(log, connector(path))
+    assert urls(log) == sorted(lines) and go(log, connector(path)) == 0
 
 
 def test_what_others_announce_is_not_taken_for_its_own(log, tmp_path):
@@ -219,12 +223,14 @@ def test_a_file_that_is_still_being_written_waits(log, tmp_path):
     assert go(log, connector(tmp_path / "images", kind="folder")) == 0
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_killed_folder_connector_misses_nothing(log, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize("when", ["before", "half way", "after"])
+@pytest.mark.parametrize("nth", range(1, 10))
+def test_a_folder_connector_killed_at_any_append_misses_nothing_and_repeats_nothing(log, tmp_path, monkeypatch, when, nth):
     monkeypatch.setattr("ingest.connectors.folder.BATCH", 3)
     for i in range(10):
-        put(tmp_path / "images" / f"{i}.jpg", i, age_s=100 - (i // 4))  # several share a time of change
-    log.countdown, log.when = 2, when
+        put(tmp_path / "images" / f"{i}.jpg", i)
+        os.utime(tmp_path / "images" / f"{i}.jpg", ns=(0, (1_700_000_000 + i // 4) * 10**9))  # several share a time of change
+    log.countdown, log.when = nth, when
     with pytest.raises(Killed):
         go(log, connector(tmp_path / "images", kind="folder"))
     log.countdown = -1

@@ -91,6 +91,30 @@ def test_a_connectors_life_without_a_loop_and_then_with_one(home, tmp_path):
     assert "begins at {" in run("plan", file, home=home)  # its cursor stays
 
 
+def test_a_stopped_connector_can_be_sent_back_and_a_running_one_cannot(home, tmp_path):
+    file, log = connector(tmp_path), make_log(home)
+    run("start", file, home=home)
+    assert run("offsets", "c", home=home) == "null\n"
+    with loop(home):
+        until(lambda: json.loads(run("offsets", "c", home=home)) == {"byte": (tmp_path / "u.txt").stat().st_size})
+        with pytest.raises(ConfigError, match="connector c is not stopped: `streamlearn connectors stop c`"):
+            run("offsets", "c", "--reset", home=home)
+        run("stop", "c", home=home)
+        reaches(home, "c", "STOPPED")
+        assert run("offsets", "c", "--set", '{"byte": 15}', home=home) == '{"byte": 15}\n'
+        run("resume", "c", home=home)
+        until(lambda: len(urls(log, "c")) == 17)  # all but the first, once more
+        run("stop", "c", home=home)
+        reaches(home, "c", "STOPPED")
+    assert run("offsets", "c", "--reset", home=home) == "null\n"  # nobody has it either where no loop runs
+    with loop(home):
+        run("resume", "c", home=home)
+        until(lambda: len(urls(log, "c")) == 26)
+    for wrong, why in (("{", "not JSON"), ("[]", "a JSON object is wanted"), ("7", "a JSON object is wanted")):
+        with pytest.raises(ConfigError, match=why):
+            run("offsets", "c", "--set", wrong, home=home)
+
+
 def test_a_failure_is_shown_with_its_reason(home, tmp_path):
     run("start", connector(tmp_path, path="nowhere.json"), home=home)
     with loop(home):

@@ -24,6 +24,7 @@ PRIVATE = [
     "127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "192.0.0.1", "198.18.0.1", "224.0.0.1", "240.0.0.1",
     "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
     "64:ff9b::a00:1", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::", "2001::1", "ff02::1", "::7f00:1", "fec0::1", "100::1", "2001:db8::1",
+    "168.63.129.16", "::ffff:168.63.129.16", "::ffff:0:7f00:1", "fd20:ce::254",
 ]  # fmt: skip
 
 
@@ -34,7 +35,9 @@ def test_a_private_address_is_refused_unless_its_network_is_exempt(address):
     assert Guard((f"{plain}/{128 if ':' in plain else 32}",)).allows(address)
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808", "::ffff:0:808:808", "168.63.129.17"]
+)
 def test_a_public_address_is_allowed(address):
     assert Guard().allows(address)
 
