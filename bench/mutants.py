@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", "runs")
 LIMIT_S = 400
 PACK, LANE, RUN = "ingest/pack.py", "ingest/fetch/lane.py", "ingest/fetch/run.py"
-CATALOG, S3 = "streamlearn/contract/catalog.py", "streamlearn/adapters/s3_store.py"
+CATALOG, UPKEEP, S3 = "streamlearn/contract/catalog.py", "streamlearn/contract/upkeep.py", "streamlearn/adapters/s3_store.py"
 SEALING, RETRIES = "tests/crash/test_sealing_crash.py", "tests/crash/test_retries.py"
 BENCH = "-m bench.crash --offsets 400 --crashes 40 --log sqlite --store folder --limit-s 100"
 
@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(
         "Fenced: read the position anew",
         LANE,
-        "                self.fetcher.metrics.fenced.inc()\n                await self._restart()\n",
-        "                self.fetcher.metrics.fenced.inc()\n                self._drop()\n",
+        "                self.waits.gone(self.name)\n                self.lost = True\n",
+        "                self.waits.gone(self.name)\n                self._drop()\n",
         f"{SEALING} -k was_fenced",
     ),
     Mutant(
@@ -84,8 +84,8 @@ MUTANTS = (
     Mutant(
         "a start empties the spool",
         RUN,
-        "        shutil.rmtree(self.spool, ignore_errors=True)  # a crash leaves garbage only\n        self.spool.mkdir(parents=True)\n",
-        "        self.spool.mkdir(parents=True, exist_ok=True)\n",
+        "                left.unlink()\n",
+        "                left.stat()\n",
         BENCH,
     ),
     Mutant(
@@ -115,16 +115,30 @@ MUTANTS = (
     Mutant(
         "retries below the position are remembered",
         LANE,
-        "            self.seen = await self.fetcher.read(origins, self.fetcher.log, self.topic, self.partition, self.position)\n",
-        "            self.seen = set()\n",
+        "                self.seen = await self.fetcher.read(origins, self.fetcher.log, self.topic, self.partition, position)\n",
+        "                self.seen = set()\n",
         f"{RETRIES} -k twice",
     ),
     Mutant(
         "an advance starts where its partition stands",
         CATALOG,
-        "            if self._settled(table, rows, advances, lost):\n",
+        "            if settled(table, lost):\n",
         "            if False:\n",
         "tests/contract/test_catalog.py -k zombie",
+    ),
+    Mutant(
+        "merging rests on the newest rows",
+        UPKEEP,
+        "predicate=newest, commit_properties=CommitProperties(max_commit_retries=0)",
+        "predicate=newest",
+        "tests/contract/test_upkeep.py -k merge_while",
+    ),
+    Mutant(
+        "a commit's file is synced before it is acknowledged",
+        UPKEEP,
+        "            durable.sync(Path(uri) / path)\n",
+        "            Path(uri) / path\n",
+        "tests/contract/test_upkeep.py -k on_the_disk",
     ),
     Mutant(
         "delta-rs commits with a conditional put",
