@@ -1,5 +1,6 @@
 """The shard format: plain webdataset, the same bytes for the same samples, every sample found again."""
 
+import hashlib
 import json
 import random
 import tarfile
@@ -10,8 +11,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamlearn.contract.errors import Corrupt
+from streamlearn.contract.errors import Corrupt, StoreFull
 from streamlearn.contract.shards import Outcome, ShardWriter, index_shard, read_sidecar, shard_key, sidecar_key, write_sidecar
+from tests.contract.test_durable import tiny_disk  # noqa: F401
 
 
 def write(path, samples):
@@ -50,6 +52,34 @@ def test_samples_out_of_order_are_refused(tmp_path):
     writer.add(5, b"x", "jpg", {})
     with pytest.raises(ValueError, match="offset 5 after 5"):
         writer.add(5, b"y", "jpg", {})
+
+
+def test_a_full_disk_takes_nothing_of_a_sample_and_what_was_there_can_be_closed(tiny_disk):  # noqa: F811
+    writer, images = ShardWriter(tiny_disk / "a.tar"), [bytes([i]) * 60_000 for i in range(8)]
+    with pytest.raises(StoreFull, match=r"a\.tar"):
+        for offset, image in enumerate(images):
+            writer.add(offset, image, "jpg", {})
+    taken = writer.num_samples
+    with pytest.raises(StoreFull):  # half of it would have gone in
+        writer.add(taken, images[taken], "jpg", {})
+    writer.add(taken, b"small", "jpg", {})
+    sha256, size = writer.close()
+    data = (tiny_disk / "a.tar").read_bytes()
+    assert taken and len(data) == size and hashlib.sha256(data).hexdigest() == sha256
+    assert [data[s.start : s.start + s.size] for s in index_shard(tiny_disk / "a.tar")] == [*images[:taken], b"small"]
+
+
+def test_a_shard_that_found_no_room_to_be_closed_is_closed_when_there_is_some(tiny_disk):  # noqa: F811
+    writer = ShardWriter(tiny_disk / "a.tar")
+    writer.add(0, b"a" * 3000, "jpg", {})
+    with pytest.raises(OSError, match="space"):
+        (tiny_disk / "ballast").write_bytes(bytes(2**20))
+    with pytest.raises(StoreFull):
+        writer.close()
+    (tiny_disk / "ballast").unlink()
+    sha256, size = writer.close()
+    data = (tiny_disk / "a.tar").read_bytes()
+    assert size == len(data) and hashlib.sha256(data).hexdigest() == sha256 and len(index_shard(tiny_disk / "a.tar")) == 1
 
 
 @pytest.mark.parametrize("cut", [100, 512, 700, 1600, 2000])
