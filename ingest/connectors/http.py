@@ -5,21 +5,28 @@ What can go wrong, and who acts:
 * Answer       whatever the server says with a status that will not pass by itself: the connector decides (200, 206, 304, 404, 410, ...)
 * Retryable    unreachable, late, cut off, redirected too often, or busy (408, 425, 429, 5xx), then with the Retry-After it asks for
 
+The host of the URL that is asked for was named by the user, and may be a neighbour. Where it redirects to was not: another host is connected
+to only at a public address, looked at before the connection is made (`Guarded`), so that no feed reads this machine's metadata service.
+
 A server may drip its headers a byte at a time, and no time-out of a single read ends that.  So every request has a thread of its own, and
 whoever is late is left behind (`Patience`); there is room for a few of those, and while it is taken nothing more is asked.
 """
 
 import email.utils
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import urllib3
 from pydantic import Field
-from urllib3.exceptions import HTTPError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, NameResolutionError, NewConnectionError
 
+from ingest.fetch.guard import MARK, Guard, complaint
 from streamlearn.contract.config import Section
 from streamlearn.contract.errors import Retryable, StreamlearnError
 
@@ -82,16 +89,47 @@ class Patience:
         return results[0]  # IndexError: a bug, and the thread has printed its traceback
 
 
+class Guarded(HTTPConnection):
+    """Connects to public addresses alone: to the very one that was looked at, whatever the name says the next time."""
+
+    def _new_conn(self) -> socket.socket:
+        name = self._dns_host
+        try:
+            addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, self.port or 0, type=socket.SOCK_STREAM)]
+        except socket.gaierror as e:
+            raise NameResolutionError(name, self, e) from e
+        for address in addresses:
+            if not Guard().allows(address):
+                raise NewConnectionError(self, f"{MARK}: {name} is {address}, which is not public; name it in the options if it is meant")
+        try:
+            self._dns_host = addresses[0]
+            return super()._new_conn()
+        finally:
+            self._dns_host = name  # what TLS has to prove
+
+
+class GuardedTls(Guarded, HTTPSConnection):
+    pass
+
+
+class GuardedPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = Guarded
+
+
+class GuardedTlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = GuardedTls
+
+
 class Web:
     def __init__(self, options: HttpOptions):
         self.options = options
-        self.pool = urllib3.PoolManager(
-            num_pools=16,
-            maxsize=2,
-            timeout=urllib3.Timeout(connect=options.timeout_s, read=options.timeout_s),
-            retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=REDIRECTS, respect_retry_after_header=False),
-        )
+        self.pool, self.guarded = self._pool(), self._pool()
+        self.guarded.pool_classes_by_scheme = {"http": GuardedPool, "https": GuardedTlsPool}
         self.patience = Patience()
+
+    def _pool(self) -> urllib3.PoolManager:
+        timeout = urllib3.Timeout(connect=self.options.timeout_s, read=self.options.timeout_s)
+        return urllib3.PoolManager(num_pools=16, maxsize=2, timeout=timeout, retries=False)
 
     def get(self, url: str, headers: Mapping[str, str] | None = None) -> Answer:
         """The answer within `total_s`.  Raises Retryable."""
@@ -100,9 +138,7 @@ class Web:
     def open(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         """An answer whose body is still to be read.  Raises Retryable unless its status is 200."""
         try:
-            response = self.pool.request(
-                "GET", url, headers={"User-Agent": self.options.user_agent} | dict(headers), preload_content=False, decode_content=True
-            )
+            response, _ = self._ask(url, headers)
         except HTTPError as e:
             raise Retryable(f"{url}: {e}") from e
         if response.status != 200:
@@ -112,11 +148,28 @@ class Web:
 
     def close(self) -> None:
         self.pool.clear()
+        self.guarded.clear()
+
+    def _ask(self, url: str, headers: Mapping[str, str]) -> tuple[urllib3.BaseHTTPResponse, str]:
+        """The first answer that is no redirect, unread, and where it came from.  Raises Retryable, HTTPError."""
+        at, named = url, urlsplit(url).hostname
+        for _ in range(REDIRECTS + 1):
+            pool = self.pool if urlsplit(at).hostname == named else self.guarded
+            told = {"User-Agent": self.options.user_agent} | dict(headers)
+            response = pool.request("GET", at, headers=told, preload_content=False, redirect=False, decode_content=True)
+            target = response.get_redirect_location()
+            if not target:
+                return response, at
+            response.close()
+            at = urljoin(at, target)
+            if why := complaint(at):
+                raise Retryable(f"{url} redirects to {at[:200]!r}: {why}")
+        raise Retryable(f"{url}: more than {REDIRECTS} redirects")
 
     def _get(self, url: str, headers: dict[str, str]) -> Answer:
         deadline = time.monotonic() + self.options.total_s
         try:
-            response = self.pool.request("GET", url, headers={"User-Agent": self.options.user_agent} | headers, preload_content=False)
+            response, at = self._ask(url, headers)
             try:
                 if response.status in BUSY or response.status >= 500:
                     raise Retryable(f"{url}: HTTP {response.status}", after_s=retry_after_s(response.headers) or 5.0)
@@ -132,7 +185,7 @@ class Web:
             raise Retryable(f"{url}: {e}") from e
         except (OSError, ValueError) as e:  # what http.client and the codecs let through
             raise Retryable(f"{url}: {type(e).__name__}: {e}") from e
-        return Answer(response.status, response.headers, bytes(body), response.geturl() or url, whole)
+        return Answer(response.status, response.headers, bytes(body), at, whole)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

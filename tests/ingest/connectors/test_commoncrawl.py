@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 
 import pytest
 from aiohttp import web
@@ -231,8 +232,35 @@ def test_a_file_that_ends_within_a_record_is_refused_there(tmp_path):
 
 
 def test_memory_is_flat_where_a_record_is_a_bomb():
-    with pytest.raises(Broken, match="over max_record_bytes"):
-        archive.unpack(Tape(lambda at, size: bomb()[at : at + size]), 0, 1000)
+    packed = bomb()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Broken, match="over max_record_bytes"):
+            archive.unpack(Tape(lambda at, size: packed[at : at + size]), 0, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 10**6  # unpacked it is ten
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_record_says_of_itself_is_not_believed_too_far():
+    with pytest.raises(Broken, match="no WARC record"):
+        archive.links(wat(1), 10**6)  # packed once more: warcio would unpack it, without a cap
+    assert len(archive.links(gzip.decompress(wat(*range(1500))), 10**6)) == archive.MAX_LINKS
+    (found,) = archive.links(gzip.decompress(warc("<img src=\\x61.jpg>", http="text/html; charset=unicode_escape")), 10**6)
+    assert found.url == f"{PAGE}\\x61.jpg"  # not every codec of Python is one of the web's
+
+
+def test_a_record_that_unpacks_to_nothing_for_ever_is_left():
+    """Empty blocks, five bytes each, come to nothing however many there are."""
+    head, read = gzip.compress(b"")[:10], []
+
+    def endless(at, size):
+        read.append(at)
+        assert len(read) < 10
+        return (head + b"\0\0\0\xff\xff" * (size // 5))[:size]
+
+    with pytest.raises(Broken, match="over max_record_bytes = 1000"):
+        archive.unpack(Tape(endless), 0, 1000)
 
 
 @given(st.integers(0, 40), st.integers(4, 30))

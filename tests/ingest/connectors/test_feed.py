@@ -14,6 +14,7 @@ from ingest.connectors.feed import FeedConnector, FeedOptions
 from streamlearn.contract.errors import ConfigError, Retryable
 from tests.ingest.connectors.harness import Killed, candidates, cursor, go, letters, make_log, urls
 from tests.ingest.server import serving
+from tests.ingest.test_hostile_urls import HOSTS
 
 RSS = """<?xml version="1.0"?><rss version="2.0" xmlns:media="http://search.yahoo.com/mrss/"
  xmlns:cc="http://backend.userland.com/creativeCommonsRssModule"><channel><title>t</title>%s</channel></rss>"""
@@ -49,6 +50,8 @@ class Feeds:
             return web.Response()
         if status == "loop":
             raise web.HTTPFound(f"/{name}")
+        if isinstance(status, str) and status.startswith(("http", "/", "file:")):
+            return web.Response(status=302, headers={"Location": status})
         if status == "drip":  # a header that never ends
             request.transport.write(b"HTTP/1.1 200 OK\r\nX: ")
             for _ in range(10**4):
@@ -131,6 +134,31 @@ def test_a_feed_in_trouble_does_not_hold_up_the_others(site, tmp_path, trouble):
     assert go(log, made) == 0 and len(site.asked) == before  # it waits by itself
     site.bodies["f"], site.status = rss(2), {}
     assert go(log, due(connector(site, "f", "g"))) == 1
+
+
+def test_a_redirect_of_a_feed_leads_to_no_guarded_address(site, tmp_path):
+    """The user has named a host, here `localhost`, and no other one of this network."""
+    log, trap, reached = make_log(tmp_path), Feeds(), []
+    trap.bodies["x"] = rss(1)
+    with serving(trap) as base:
+        port = base.rsplit(":", 1)[1]
+        for host in [h for h in HOSTS if h.isascii() and h.lower().rstrip(".") != "localhost"]:
+            site.status["f"] = f"http://{host}:{port}/x"
+            made = FeedConnector("c", FeedOptions(feeds=(site.base.replace("127.0.0.1", "localhost") + "/f",), timeout_s=1.0))
+            with pytest.raises(Retryable):
+                go(log, made)
+            made.close()
+            reached += trap.asked
+        site.status["f"] = "file:///etc/passwd"
+        with pytest.raises(Retryable, match="neither http nor https"):
+            go(log, connector(site))
+    assert reached == [] and len(site.asked) > 60 and urls(log) == []
+
+
+def test_a_redirect_within_the_host_is_followed(site, tmp_path):
+    log = make_log(tmp_path)
+    site.status["f"], site.bodies["g"] = "/g", rss(1)
+    assert go(log, connector(site)) == 1 and [a[0] for a in site.asked] == ["f", "g"]
 
 
 def test_retry_after_is_honoured(site, tmp_path):
