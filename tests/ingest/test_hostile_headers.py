@@ -62,6 +62,7 @@ class Server:
     async def _start(self):
         async def answer(reader, writer):
             await reader.readuntil(b"\r\n\r\n")
+            self.asked = True
             writer.write(self.said)
             writer.close()
 
@@ -74,9 +75,12 @@ class Server:
         self.server.close()
 
     def fetch(self, said, **more):
-        self.said = said
+        self.said, self.asked = said, False
+        self.client.hosts = hosts.Hosts(CONFIG)  # one that names a time is not asked again before it
         told = Candidate(url=self.url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z", **more)
-        return self.call(self.client.fetch(told))
+        found = self.call(self.client.fetch(told))
+        assert self.asked
+        return found
 
 
 @pytest.fixture(scope="module")
