@@ -265,7 +265,10 @@ class Client:
         """An image; where there are conditions, only if it has changed."""
 
         def read(answer: Answer) -> _Body | Refused | Unchanged | str:
-            return Unchanged() if answer.status == 304 and conditions else self._image(answer)
+            if answer.status != 304 or not conditions:
+                return self._image(answer)
+            why = self._opted_out(answer)  # the bytes are the same, what may be done with them may not be
+            return Refused(Reason.OPT_OUT, why, 304) if why else Unchanged()
 
         return _Wanted({"Accept": "image/*"} | conditions, self._image_cap, read)
 

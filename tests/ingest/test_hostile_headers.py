@@ -14,7 +14,7 @@ from ingest.connectors import http
 from ingest.fetch import hosts
 from ingest.fetch.client import Client, Fetched, Unanswered, Unchanged, _address, _page
 from ingest.fetch.guard import complaint
-from ingest.fetch.screen import Refused
+from ingest.fetch.screen import Reason, Refused
 from ingest.fetch.transport import Answer, Headers
 from streamlearn.contract.candidate import REFRESH, Candidate
 from streamlearn.contract.config import FetchConfig
@@ -62,6 +62,7 @@ class Server:
     async def _start(self):
         async def answer(reader, writer):
             await reader.readuntil(b"\r\n\r\n")
+            self.asked = True
             writer.write(self.said)
             writer.close()
 
@@ -74,9 +75,12 @@ class Server:
         self.server.close()
 
     def fetch(self, said, **more):
-        self.said = said
+        self.said, self.asked = said, False
+        self.client.hosts = hosts.Hosts(CONFIG)  # one that names a time is not asked again before it
         told = Candidate(url=self.url, source="t", source_ref="", discovered_at="2026-11-21T00:00:00Z", **more)
-        return self.call(self.client.fetch(told))
+        found = self.call(self.client.fetch(told))
+        assert self.asked
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,14 @@ def test_whatever_the_headers_say_there_is_a_verdict_that_can_be_written_down(se
         assert 0 <= found.after_s <= hosts.DAY_S
     if isinstance(found, Unchanged):
         assert refresh
+
+
+@pytest.mark.parametrize("header", [b"X-Robots-Tag: noai", b"TDM-Reservation: 1"])
+def test_an_image_that_is_unchanged_may_have_been_reserved_since(server, header):
+    asked = {"purpose": REFRESH, "etag": '"1"'}
+    assert isinstance(server.fetch(b"HTTP/1.1 304 X\r\n\r\n", **asked), Unchanged)
+    found = server.fetch(b"HTTP/1.1 304 X\r\n" + header + b"\r\n\r\n", **asked)
+    assert isinstance(found, Refused) and found.reason == Reason.OPT_OUT and found.http_status == 304
 
 
 @given(value=st.text(max_size=40) | st.lists(st.sampled_from(WORDS)).map("".join))
