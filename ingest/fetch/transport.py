@@ -81,8 +81,8 @@ class _Transfer:
 
     def on_header(self, line: bytes) -> None:
         if line.startswith(b"HTTP/"):  # also of the answer that follows an interim one
-            parts = line.split(None, 2)
-            self.answer = Answer(status=int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0)
+            code = line.partition(b" ")[2].split(None, 1)[:1]
+            self.answer = Answer(status=int(code[0]) if code and code[0].isdigit() and len(code[0]) == 3 else 0)
         else:
             self.answer.headers.add(line)
 

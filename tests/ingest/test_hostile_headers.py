@@ -117,6 +117,13 @@ def test_an_image_that_is_unchanged_may_have_been_reserved_since(server, header)
     assert isinstance(found, Refused) and found.reason == Reason.OPT_OUT and found.http_status == 304
 
 
+@pytest.mark.parametrize("status", [b"9" * 6000, b"2000", b"", b"\xb2\xb2\xb2", b"-20"])
+def test_a_status_that_is_none_is_no_answer_and_fills_no_log(server, status, capfd):
+    """What a callback of libcurl raises is printed there, as often as a server likes."""
+    found = server.fetch(b"HTTP/1.1 " + status + b"\r\n\r\n" + BODY)
+    assert isinstance(found, Refused | Unanswered) and capfd.readouterr().err == ""
+
+
 @given(value=st.text(max_size=40) | st.lists(st.sampled_from(WORDS)).map("".join))
 def test_a_time_to_come_back_is_between_now_and_tomorrow(value):
     assert 0 <= hosts.retry_after_s(value, time.time()) <= hosts.DAY_S
