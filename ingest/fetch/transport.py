@@ -150,7 +150,7 @@ class Transport:
             handle.setopt(pycurl.URL, url)
         except (pycurl.error, UnicodeError) as e:
             self._idle.append(handle)
-            raise BadUrl(f"{e}") from e
+            raise BadUrl(f"{e!a}") from e
         handle.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in headers.items()])
         handle.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
         handle.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
@@ -212,6 +212,7 @@ class Transport:
         transfer = self._under_way.get(handle)
         if transfer is None or transfer.done.done():
             return
+        message = message.encode(errors="replace").decode()[:300]  # it may quote what the server said, byte by byte, and goes into JSON
         if code == 0 or transfer.answer.cut:
             transfer.answer.body = b"".join(transfer.chunks)
             transfer.done.set_result(transfer.answer)

@@ -93,6 +93,7 @@ def server():
 @example(status=b"9" * 5000, lines=[], end=b"\r\n", refresh=False)
 @example(status=b"200", lines=[(b"Content-Length", b"9" * 5000)], end=b"\r\n", refresh=False)
 @example(status=b"429", lines=[(b"Retry-After", b"9" * 5000)], end=b"\r\n", refresh=False)
+@example(status=b"200", lines=[(b"Transfer-Encoding", b"\x80!")], end=b"\r\n", refresh=False)  # libcurl quotes it
 def test_whatever_the_headers_say_there_is_a_verdict_that_can_be_written_down(server, status, lines, end, refresh):
     head = b"HTTP/1.1 " + status + end + b"".join(name + b": " + value + end for name, value in lines)
     more = {"purpose": REFRESH, "etag": '"1"', "last_modified": "x"} if refresh else {}
