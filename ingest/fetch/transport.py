@@ -81,8 +81,8 @@ class _Transfer:
 
     def on_header(self, line: bytes) -> None:
         if line.startswith(b"HTTP/"):  # also of the answer that follows an interim one
-            parts = line.split(None, 2)
-            self.answer = Answer(status=int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0)
+            code = line.partition(b" ")[2].split(None, 1)[:1]
+            self.answer = Answer(status=int(code[0]) if code and code[0].isdigit() and len(code[0]) == 3 else 0)
         else:
             self.answer.headers.add(line)
 
@@ -150,7 +150,7 @@ class Transport:
             handle.setopt(pycurl.URL, url)
         except (pycurl.error, UnicodeError) as e:
             self._idle.append(handle)
-            raise BadUrl(f"{e}") from e
+            raise BadUrl(f"{e!a}") from e
         handle.setopt(pycurl.HTTPHEADER, [f"{name}: {value}" for name, value in headers.items()])
         handle.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
         handle.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
@@ -212,6 +212,7 @@ class Transport:
         transfer = self._under_way.get(handle)
         if transfer is None or transfer.done.done():
             return
+        message = message.encode(errors="replace").decode()[:300]  # it may quote what the server said, byte by byte, and goes into JSON
         if code == 0 or transfer.answer.cut:
             transfer.answer.body = b"".join(transfer.chunks)
             transfer.done.set_result(transfer.answer)

@@ -93,6 +93,7 @@ def server():
 @example(status=b"9" * 5000, lines=[], end=b"\r\n", refresh=False)
 @example(status=b"200", lines=[(b"Content-Length", b"9" * 5000)], end=b"\r\n", refresh=False)
 @example(status=b"429", lines=[(b"Retry-After", b"9" * 5000)], end=b"\r\n", refresh=False)
+@example(status=b"200", lines=[(b"Transfer-Encoding", b"\x80!")], end=b"\r\n", refresh=False)  # libcurl quotes it
 def test_whatever_the_headers_say_there_is_a_verdict_that_can_be_written_down(server, status, lines, end, refresh):
     head = b"HTTP/1.1 " + status + end + b"".join(name + b": " + value + end for name, value in lines)
     more = {"purpose": REFRESH, "etag": '"1"', "last_modified": "x"} if refresh else {}
@@ -115,6 +116,13 @@ def test_an_image_that_is_unchanged_may_have_been_reserved_since(server, header)
     assert isinstance(server.fetch(b"HTTP/1.1 304 X\r\n\r\n", **asked), Unchanged)
     found = server.fetch(b"HTTP/1.1 304 X\r\n" + header + b"\r\n\r\n", **asked)
     assert isinstance(found, Refused) and found.reason == Reason.OPT_OUT and found.http_status == 304
+
+
+@pytest.mark.parametrize("status", [b"9" * 6000, b"2000", b"", b"\xb2\xb2\xb2", b"-20"])
+def test_a_status_that_is_none_is_no_answer_and_fills_no_log(server, status, capfd):
+    """What a callback of libcurl raises is printed there, as often as a server likes."""
+    found = server.fetch(b"HTTP/1.1 " + status + b"\r\n\r\n" + BODY)
+    assert isinstance(found, Refused | Unanswered) and capfd.readouterr().err == ""
 
 
 @given(value=st.text(max_size=40) | st.lists(st.sampled_from(WORDS)).map("".join))
