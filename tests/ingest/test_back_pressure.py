@@ -205,7 +205,6 @@ MANY = [pytest.param(2000, 2000), pytest.param(20_000, 2000, marks=pytest.mark.s
 def test_a_source_faster_than_the_fetcher_shows_as_lag_and_costs_no_memory(tmp_path, bucket, log, images, size):
     """The real connector tells a list as fast as it can, while the web lets the fetcher have nothing."""
     site = Gallery(size)
-    site.shut = True
     table, log = log
     dataset = Dataset(log, bucket.config())
     settings = {
@@ -216,14 +215,15 @@ def test_a_source_faster_than_the_fetcher_shows_as_lag_and_costs_no_memory(tmp_p
     }
     with ExitStack() as stack:
         base = stack.enter_context(serving(site))
-        (tmp_path / "list.txt").write_text("".join(f"{base}/{n}.jpg\n" for n in range(images)))
+        (tmp_path / "list.txt").write_text("".join(f"{base}/{n}.jpg\n" for n in range(20, images)))
         source = f'[[connectors]]\nname = "list"\nclass = "urls"\npath = "{tmp_path / "list.txt"}"\n'
         role = stack.enter_context(Role("fetch", tmp_path / "home", **settings))
-        role.wait(lambda: role.health("/readyz")[0] == 200)
-        before_mb = role.rss_mb()
+        tell(log, base, range(20))
+        role.wait(lambda: role.stored(20))
+        before_mb, site.shut = role.rss_mb(), True
         stack.enter_context(Role("connect", tmp_path / "home", more=source))
-        role.wait(lambda: role.metrics()["fetch_lag_records"] == images)
-        assert len(site.hits) <= SLOTS
+        role.wait(lambda: role.metrics()["fetch_lag_records"] == images - 20)
+        assert len(site.hits) <= 20 + SLOTS
         site.shut = False
         role.wait(lambda: role.stored(images), limit_s=600)
         role.wait(lambda: role.metrics()["fetch_lag_records"] == 0)
