@@ -56,7 +56,7 @@ def tidy(table: DeltaTable, since: int) -> None:
         table.update_incremental()
         secure(table.table_uri.removeprefix("file://"), now + 1, table.version())
         table.create_checkpoint()
-    except (DeltaError, OSError) as e:  # full, out of reach, or another was first
+    except (DeltaError, OSError, pa.ArrowException) as e:  # full, out of reach, or another was first
         logger.warning("%s: not tidied at version %d, the next will do: %s", table.table_uri, now, str(e).partition("\n")[0])
 
 

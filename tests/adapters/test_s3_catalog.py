@@ -106,9 +106,17 @@ def test_a_table_that_cannot_be_made_is_a_fault_that_passes(proxy, where):
         where.catalog(attempts=1).commit([row(0, 5)], [advance(0, 5)])
 
 
-def test_a_commit_stands_though_its_checkpoint_fails(proxy, catalog, monkeypatch, caplog):
+@pytest.mark.parametrize(("method", "what"), [("PUT", "checkpoint"), ("GET", "part-"), ("PUT", "part-")])
+def test_a_commit_stands_though_the_upkeep_after_it_fails(proxy, catalog, monkeypatch, caplog, method, what):
     monkeypatch.setattr(upkeep, "TIDY_EVERY", 2)
-    proxy.faults = [Fault("answer", "PUT", "checkpoint", times=ALWAYS)]
+    tidy = upkeep.tidy
+
+    def out_of_reach(table, since):
+        proxy.faults = [Fault("answer", method, what, times=ALWAYS)]
+        tidy(table, since)
+        proxy.faults = []
+
+    monkeypatch.setattr(upkeep, "tidy", out_of_reach)
     assert catalog.commit([row(5, 9)], [advance(5, 9)]) == 2
     assert "not tidied at version 2" in caplog.text and len(catalog.rows()) == 2
 
