@@ -12,6 +12,7 @@ from streamlearn.contract.event_log import (
     CANDIDATES,
     CONNECTOR_CONFIGS,
     DEAD_LETTERS,
+    HOSTS,
     SHARDS,
     SOURCE_STATE,
     TAKEDOWNS,
@@ -27,7 +28,7 @@ from tests.ingest.server import serving
 ALWAYS = 10**9
 METHODS = ("GET", "PUT", "HEAD", "POST", "DELETE")
 SLOTS = 4  # fetch.concurrency
-TOPICS = (CANDIDATES, DEAD_LETTERS, SHARDS, SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS, *(retry_topic(i) for i in range(3)))
+TOPICS = (CANDIDATES, DEAD_LETTERS, HOSTS, SHARDS, SOURCE_STATE, CONNECTOR_CONFIGS, TAKEDOWNS, *(retry_topic(i) for i in range(3)))
 MOST_MB = 64  # that a role may grow by over what it had when all was well, whatever waits for it
 
 
