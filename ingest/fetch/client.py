@@ -45,6 +45,7 @@ _NAMES_A_TIME = {429, 503}  # with Retry-After: for the whole host
 _ROBOTS_REDIRECTS = 5  # RFC 9309, 2.3.1.2
 _SMALL_TALK = 2**16  # bytes of a page that says no, read so that its connection can be used again
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*\.?", re.I | re.A)  # or an IPv6 literal
+_TAKEN_DOWN = Refused(Reason.TAKEN_DOWN, "")  # not a word of what it was
 T = TypeVar("T")
 
 
@@ -151,10 +152,10 @@ class Client:
     async def fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
         """The image of a candidate, or why there is none."""
         if self.denied.url(candidate.url):
-            return _taken_down()
+            return _TAKEN_DOWN
         found = await self._fetch(candidate)
         if isinstance(found, Fetched) and self.denied and self.denied.image(hashlib.sha256(found.body).hexdigest()):
-            return _taken_down()
+            return _TAKEN_DOWN
         return found
 
     async def _fetch(self, candidate: Candidate) -> Fetched | Refused | Unanswered | Unchanged:
@@ -181,7 +182,7 @@ class Client:
             if isinstance(at, str):
                 return Refused(Reason.BAD_URL, f"{at} (after a redirect)" if hop else at)
             if self.denied.url(str(at)):
-                return _taken_down()
+                return _TAKEN_DOWN
             if not self.hosts.ours(host_of(at)):
                 if len(str(at)) > VIA_CHARS:
                     return Refused(Reason.BAD_URL, f"{len(str(at))} characters (after a redirect)")
@@ -352,10 +353,6 @@ class Client:
             return Refused(Reason.TOO_LARGE, f"{path}: over {self.config.max_bytes} bytes")
         seen = screen(body, max_pixels=self.config.max_pixels, min_side=self.config.min_side)
         return seen if isinstance(seen, Refused) else Fetched(body, seen, url, now())
-
-
-def _taken_down() -> Refused:
-    return Refused(Reason.TAKEN_DOWN, "")  # not a word of what it was
 
 
 def _validators(candidate: Candidate) -> dict[str, str]:

@@ -167,7 +167,7 @@ def test_a_connector_of_the_file_can_be_paused_but_not_changed(tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        b"",
+        b"null",
         b"[]",
         b"{}",
         b"\xff",
