@@ -198,7 +198,7 @@ def test_brokers_that_are_gone_cost_no_image_that_has_come(tmp_path, bucket, log
     dataset.check(base, range(20), site.body)
 
 
-MANY = [pytest.param(2000, 2000), pytest.param(20_000, 2000, marks=pytest.mark.slow)]
+MANY = [pytest.param(1000, 2000), pytest.param(20_000, 2000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.timeout(900)
