@@ -19,7 +19,8 @@ from streamlearn.contract.event_log import TAKEDOWNS, SqliteLog
 from streamlearn.stream import loader
 from streamlearn.stream.audit import audit
 from streamlearn.stream.cache import read_member
-from streamlearn.stream.plan import Planner, Position, begun, finished
+from streamlearn.stream.plan import Planner
+from streamlearn.stream.position import Position, begun, finished
 from streamlearn.stream.replay import Reservoir
 from tests.ingest.server import picture
 from tests.stream.world import CONFIG, World, take, url
@@ -54,7 +55,7 @@ class Living(World):
         for batch in stream.batches():
             if batch is None:
                 break
-            state, taken = batch.state, taken + 1
+            state, taken = batch.taken(), taken + 1
             self.delivered += list(zip(self._last, batch.fresh.tolist(), strict=True))
             if taken == count:
                 break

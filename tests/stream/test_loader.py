@@ -36,9 +36,9 @@ def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
     whole = take(world.stream(), 12)
     first = take(world.stream(cache=world.home / "c1"), cut)
     world.add(7)  # the catalog grows meanwhile: recorded rounds are not planned anew
-    rest = take(world.stream(first[-1].state, cache=world.home / "c2"), 12 - cut)
+    rest = take(world.stream(first[-1].taken(), cache=world.home / "c2"), 12 - cut)
     assert all(equal(a, b) for a, b in zip(whole[cut:], rest, strict=True))
-    assert [b.state["place"] for b in whole[cut:]] == [b.state["place"] for b in rest]
+    assert [b.taken()["place"] for b in whole[cut:]] == [b.taken()["place"] for b in rest]
 
 
 def test_worker_processes_make_the_same_batches_as_none(world):
@@ -123,7 +123,7 @@ def test_a_lost_shard_is_counted_and_its_slots_go_to_replay(world, damage):
     batches = take(stream, 100)
     assert stream.counters()["lost"] >= 6
     assert sum(int(b.fresh.sum()) for b in batches) == 6 + 5 + 9 + 4 + 6
-    assert batches[-1].state["cursor"]["candidates/0"] == world.ends[0]
+    assert batches[-1].taken()["cursor"]["candidates/0"] == world.ends[0]
 
 
 def test_a_damaged_local_copy_is_fetched_again(world):
@@ -146,7 +146,7 @@ def test_the_cache_stays_within_its_budget(world):
 
 def test_everything_learnt_is_accounted_for(world):
     batches = take(world.stream(), 100)
-    learnt = audit(CONFIG, world.store, batches[-1].state)
+    learnt = audit(CONFIG, world.store, batches[-1].taken())
     assert learnt.batches == len(batches) and set(learnt.fresh.values()) == {1} and len(learnt.fresh) == 24
     assert Counter(len(b.fresh) for b in batches) == {4: len(batches)}
 
@@ -154,8 +154,8 @@ def test_everything_learnt_is_accounted_for(world):
 def test_the_sample_for_calibration_is_a_function_of_the_state(world):
     batches = take(world.stream(), 9)
     a, b = world.stream(cache=world.home / "c1"), world.stream(cache=world.home / "c2")
-    refs = a.sample(batches[-1].state, 6)
-    assert refs == b.sample(batches[-1].state, 6) and len(refs) == 6
+    refs = a.sample(batches[-1].taken(), 6)
+    assert refs == b.sample(batches[-1].taken(), 6) and len(refs) == 6
     assert torch.equal(a.eval_images(refs, 16), b.eval_images(refs, 16)) and a.eval_images(refs, 16).shape == (6, 3, 16, 16)
     with pytest.raises((NotFound, Corrupt)):
         a.image_bytes("nowhere.tar#0")

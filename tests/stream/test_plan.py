@@ -13,8 +13,10 @@ from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import ConfigError, Corrupt, OffsetGap
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.stream.audit import audit
-from streamlearn.stream.plan import Planner, Position, finished, order
+from streamlearn.stream.plan import Planner
+from streamlearn.stream.position import Position, finished
 from streamlearn.stream.replay import Reservoir
+from streamlearn.stream.rounds import order
 
 
 class GrowingCatalog:
