@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamlearn.stream.keys import key, permutation
+from streamlearn.stream.keys import among, key, permutation
 from streamlearn.stream.replay import I64, codes
 
 DECAY = 0.5  # of the moving average; the authors' code has gamma = 0.5
@@ -49,14 +49,14 @@ class Features:
             done = [r for r in self._recent if r[0] == self._recent[0][0]]
             self._recent = self._recent[len(done) :]
             self._fold(np.concatenate([r[1] for r in done]), np.concatenate([r[2] for r in done]))
-        stay = np.isin(self._codes, codes(refs_N2))
+        stay = among(self._codes, np.sort(codes(refs_N2)))
         if not stay.all():
             self._codes, self._features = self._codes[stay], self._features[stay]
 
     def of(self, refs_N2: I64) -> tuple[NDArray[np.bool_], F32]:
         """((N,) seen, (N,D)): the settled averages of these samples."""
         wanted = codes(refs_N2)
-        seen = np.isin(wanted, self._codes)
+        seen = among(wanted, self._codes)
         found = np.zeros((len(wanted), self._features.shape[1]), np.float32)
         found[seen] = self._features[np.searchsorted(self._codes, wanted[seen])]
         return seen, found
@@ -64,7 +64,7 @@ class Features:
     def _fold(self, codes_B: I64, features_BD: NDArray[np.float16]) -> None:
         """Each sample's features one after another, in their order."""
         every = np.union1d(self._codes, codes_B)
-        known = np.isin(every, self._codes)
+        known = among(every, self._codes)
         average = np.zeros((len(every), features_BD.shape[1]), np.float32)
         average[known] = self._features.reshape(-1, features_BD.shape[1])
         by_code = np.argsort(codes_B, kind="stable")

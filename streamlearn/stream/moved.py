@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from streamlearn.contract.catalog import EXPIRED, Changes, ShardRow
 from streamlearn.contract.errors import OffsetGap
+from streamlearn.stream.keys import among
 from streamlearn.stream.table import Table
 
 
@@ -55,9 +56,9 @@ class Moves:
 
     def gone(self, table: Table, refs_N2: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(N,) which samples replay may no longer draw: those of no shard known, those taken down or expired."""
-        gone = ~np.isin(refs_N2[:, 0], table.numbers_N)
+        gone = ~table.has(refs_N2[:, 0])
         touched = dict(table.numbers_in(self._touched))
-        for at in np.flatnonzero(np.isin(refs_N2[:, 0], list(touched))).tolist() if touched else ():
+        for at in np.flatnonzero(among(refs_N2[:, 0], np.array(list(touched), np.int64))).tolist():
             number, index = refs_N2[at].tolist()
             gone[at] = not self.lasting(touched[number], index)
         return gone

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from streamlearn.contract.errors import ConfigError
-from streamlearn.stream.keys import U64, key, mix
+from streamlearn.stream.keys import U64, among, key, mix
 
 RESERVOIR, FIFO, MINRED = "reservoir", "fifo", "minred"
 I64 = NDArray[np.int64]
@@ -59,7 +59,7 @@ class Reservoir:
         """As it is, less what was deleted, and then less the places `evicted`.  `alive`: the population after the deletions; -1: unknown."""
         stay = self
         if gone:
-            stay = self._at(~np.isin(codes(self.refs_N2), codes(np.array(list(gone), np.int64))))
+            stay = self._at(~among(codes(self.refs_N2), np.sort(codes(np.array(list(gone), np.int64)))))
         holes = len(self) - len(stay)
         deleted = max(holes, self.alive - alive if alive >= 0 else 0)
         if evicted:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from streamlearn.stream.keys import among
 from streamlearn.stream.rounds import Shard
 
 
@@ -37,8 +38,13 @@ class Table:
         return Table(*(np.concatenate(both) for both in zip(self._columns(), more._columns(), strict=True)))
 
     def only(self, numbers: NDArray[np.int64]) -> "Table":
-        stay = np.isin(self.numbers_N, np.unique(numbers))
+        """Of these numbers, which are all here."""
+        stay = np.zeros(len(self), bool)
+        stay[np.searchsorted(self.numbers_N, numbers)] = True
         return self if stay.all() else Table(*(column[stay] for column in self._columns()))
+
+    def has(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return among(numbers, self.numbers_N)
 
     def get(self, number: int) -> tuple[str, str] | None:
         """(key, sha256)."""
