@@ -238,6 +238,15 @@ class StreamConfig(Section):
     cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
 
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.replay == "minred" and self.reservoir < 2 * self.round_samples:
+            raise ValueError(
+                f"replay = 'minred' with reservoir = {self.reservoir}, round_samples = {self.round_samples}: what a round brings in can only be "
+                "weighed against twice as many that were seen; raise reservoir, or lower round_samples"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """Trunk and projection head."""

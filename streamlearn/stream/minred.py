@@ -108,6 +108,7 @@ def redundant(seen_N: NDArray[np.bool_], features_ND: F32, count: int) -> I64:
     gone = []
     for _ in range(count):
         worst = int(nearest.argmax())
+        worst = min(worst, int(partner[worst]))  # of the pair the older one, whichever way the rounding went
         gone.append(worst)
         left[worst], nearest[worst] = False, -np.inf
         members = groups[group_of[worst]]
