@@ -137,6 +137,19 @@ def test_ranks_together_take_the_sequence_of_one_however_their_number_changes(tm
     assert got == [k for _, _, k in life.sequence]
 
 
+def test_replay_forgets_what_expired_in_a_shard_that_it_was_merged_into(tmp_path):
+    life = Life(StreamConfig(round_samples=15, reservoir=20, max_replay_per_fresh=1.5), tmp_path)
+    for _ in range(3):
+        life.catalog.add(6)
+    life.learn(10)
+    for _ in range(2):  # merged twice
+        life.catalog.merge(life.catalog.live()[:2])
+    life.catalog.expire(life.catalog.live()[0])
+    life.catalog.add(4)
+    planned = life.planner.planned(life.position)
+    assert planned.record.alive == len(planned.reservoir) == 0 and len(planned.record.gone) == 18
+
+
 def test_a_follower_waits_for_the_leader_s_record_and_plans_nothing(tmp_path):
     config, catalog, store = StreamConfig(round_samples=15), MemoryCatalog(), FolderStore(tmp_path)
     catalog.add(9)

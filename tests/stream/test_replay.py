@@ -68,16 +68,17 @@ def test_over_a_rolling_window_it_is_uniform_over_what_is_left_and_stays_full():
     assert chi2(hits[70:], expected, 0.24) < 73  # 39 degrees of freedom: 99.9 %
 
 
-def test_newcomers_that_only_fill_holes_are_drawn_like_the_rest():
-    """Half of the population is deleted, and fewer come than went."""
-    hits, size = np.zeros(50), 0
+@pytest.mark.parametrize("newcomers", [10, 60])
+def test_after_half_of_the_population_has_gone_newcomers_and_survivors_are_drawn_alike(newcomers):
+    """Of 40, 20 are deleted; then come fewer than went, or many more."""
+    hits, size, total = np.zeros(40 + newcomers), 0, 20 + newcomers
     for seed in range(1500):
         r = Reservoir(seed, 12).admitted(refs(range(40)))
-        r = r.without([(n, n) for n in range(20) if n in set(held(r).tolist())], alive=20).admitted(refs(range(40, 50)))
-        hits += np.bincount(held(r), minlength=50)
+        r = r.without([(n, n) for n in range(20) if n in set(held(r).tolist())], alive=20).admitted(refs(range(40, 40 + newcomers)))
+        hits += np.bincount(held(r), minlength=40 + newcomers)
         size += len(r)
-    assert not hits[:20].any()
-    assert chi2(hits[20:], size / 30, size / 1500 / 30) < 63  # 29 degrees of freedom: 99.97 %
+    assert not hits[:20].any() and (size == 12 * 1500 or newcomers == 10)
+    assert chi2(hits[20:], size / total, size / 1500 / total) < total + 4 * np.sqrt(2 * total)
 
 
 @pytest.mark.parametrize("policy", ["reservoir", "fifo", "minred"])
