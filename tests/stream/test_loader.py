@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
 from streamlearn.stream.audit import audit
 from tests.stream.world import CONFIG, World, take
 
@@ -159,3 +159,38 @@ def test_the_sample_for_calibration_is_a_function_of_the_state(world):
     assert torch.equal(a.eval_images(refs, 16), b.eval_images(refs, 16)) and a.eval_images(refs, 16).shape == (6, 3, 16, 16)
     with pytest.raises((NotFound, Corrupt)):
         a.image_bytes("nowhere.tar#0")
+
+
+def side_by_side(parts):
+    """The ranks' parts of each batch, put together."""
+    return [tuple(torch.cat(crops, dim=1) for crops in zip(*(b.crops for b in batch), strict=True)) for batch in zip(*parts, strict=True)]
+
+
+def test_stopped_on_four_ranks_and_gone_on_with_two_the_batches_are_those_of_one(world):
+    whole = take(world.stream(), 12)
+    other = World(world.home / "ranks")
+    for count, partition in ((6, 0), (5, 1), (9, 0), (4, 1)):
+        other.add(count, partition)
+    four = [take(other.stream(cache=other.home / f"c{r}", rank=r, ranks=4), 7) for r in range(4)]  # the leader first: it records
+    state = four[3][-1].taken()
+    two = [take(other.stream(state, cache=other.home / f"d{r}", rank=r, ranks=2), 5) for r in range(2)]
+    got = side_by_side(four) + side_by_side(two)
+    assert len(got) == 12 and all(torch.equal(x, y) for a, b in zip(whole, got, strict=True) for x, y in zip(a.crops, b, strict=True))
+    assert [len(b.fresh) for b in four[0]] == [1] * 7 and sum(int(b.fresh.sum()) for rank in [*four, *two] for b in rank) == sum(
+        int(b.fresh.sum()) for b in whole
+    )
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(world):
+    with pytest.raises(ConfigError, match=r"train.batch = 4 cannot be shared out among 3 ranks; set it to a multiple"):
+        world.stream(rank=0, ranks=3)
+
+
+def test_a_rank_whose_part_is_garbage_steps_with_the_others(tmp_path):
+    world = World(tmp_path)
+    world.add(4, spoilt={0, 1, 2, 3})
+    parts = [
+        take(world.stream(fresh_fraction=1.0, max_replay_per_fresh=0.0, rank=r, ranks=2, cache=tmp_path / f"c{r}"), 1) for r in range(2)
+    ]
+    assert [tuple(b.crops[0].shape) for part in parts for b in part] == [(2, 2, 3, 16, 16)] * 2
+    assert not any(b.fresh.any() or b.named.any() for part in parts for b in part)
