@@ -3,7 +3,9 @@
 Source: Purushwalkam, Morgado, Gupta, "The Challenges of Continuous Self-Supervised Learning", ECCV 2022 (arXiv:2203.12710), section 4.2.
 Newcomers are all admitted.  What is over the capacity is let go one by one: each time the sample whose nearest neighbour among those left is
 nearest (cosine).  Only samples that were seen by the learner can be judged; while they are fewer than twice what must go, the oldest go.
-A sample's feature is a moving average of what the learner made of it, each time normalised.
+A sample's feature is a moving average of what the learner made of it, each time normalised.  Two that are nearest to each other are redundant
+alike; the paper leaves open which one goes.  Here the newer: with the older one gone each time, what is kept drifts along with the stream
+(bench/correlated.py, 512 kept of 2,048 frames, two seeds: 8.4 and 8.9 classes in effect, against 7.4 and 6.8).
 
 Which features a round may go by is fixed, so that batches can be made ahead and yet nothing depends on how far: the evictions in the record of
 round r go by what was learnt up to the end of round r - 2.  They are written into the record, so the order of a recorded round is the same on
@@ -108,7 +110,7 @@ def redundant(seen_N: NDArray[np.bool_], features_ND: F32, count: int) -> I64:
     gone = []
     for _ in range(count):
         worst = int(nearest.argmax())
-        worst = min(worst, int(partner[worst]))  # of the pair the older one, whichever way the rounding went
+        worst = max(worst, int(partner[worst]))  # of the pair the newer one, whichever way the rounding went
         gone.append(worst)
         left[worst], nearest[worst] = False, -np.inf
         members = groups[group_of[worst]]

@@ -16,11 +16,11 @@ def unit(x):
 
 
 def by_the_formula(features, count):
-    """Of all pairs left the two nearest: of them the older one goes; again, until `count` are gone."""
+    """Of all pairs left the two nearest: of them the newer one goes; again, until `count` are gone."""
     left, gone = list(range(len(features))), []
     for _ in range(count):
         pairs = np.triu(features[left] @ features[left].T + 2, 1)
-        gone.append(left.pop(int(pairs.max(1).argmax())))
+        gone.append(left.pop(int(pairs.argmax()) % len(left)))
     return sorted(gone)
 
 
