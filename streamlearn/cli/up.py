@@ -26,7 +26,7 @@ from streamlearn.supervise import RoleSpec, exclusive, supervise
 
 PLAIN_S = 10.0  # between lines when the output is not a terminal
 FIXED = ("model", "objective")  # what a home cannot change once it has learnt
-FIXED_STREAM = ("seed", "fresh_fraction", "reservoir")
+FIXED_STREAM = ("seed", "fresh_fraction", "replay", "reservoir")
 SMALL_PX = 64  # up to this, images are learnt by the recipe for small ones
 logger = logging.getLogger(__name__)
 

@@ -234,12 +234,23 @@ class StreamConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
     fresh_fraction: float = Field(default=0.5, gt=0, le=1)  # of a round; the rest is replay
     max_replay_per_fresh: float = Field(default=1.0, ge=0)  # replays ever drawn per fresh image ever learnt (idle rounds)
+    max_replays: int = Field(default=0, ge=0)  # of one sample while it is kept; 0: any number
+    replay: Literal["reservoir", "minred", "fifo"] = "reservoir"  # which samples are kept: a uniform draw, the least redundant, the newest
     reservoir: int = Field(default=65536, ge=1)  # samples that replay draws from
     round_samples: int = Field(default=4096, ge=1)  # fresh samples in a round, at most (whole shards; at least one shard)
     workers: int = Field(default=2, ge=0)  # decode processes; 0: in the trainer's own process
     prefetch: int = Field(default=4, ge=1)  # batches ahead
     cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.replay == "minred" and self.reservoir < 2 * self.round_samples:
+            raise ValueError(
+                f"replay = 'minred' with reservoir = {self.reservoir}, round_samples = {self.round_samples}: what a round brings in can only be "
+                "weighed against twice as many that were seen; raise reservoir, or lower round_samples"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from streamlearn.contract.errors import StreamlearnError
@@ -26,9 +27,8 @@ class Batch(Protocol):
     def fresh(self) -> Tensor:
         """(B,) bool: learnt for the first time."""
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """Where the stream stands once this batch is taken."""
+    def taken(self, features_BD: Tensor | None, /) -> dict[str, Any]:
+        """Where the stream stands once this batch is taken.  It is told what the images looked like, for its choice of what to replay."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
         else:
             prequential = float("nan")
             state.ema.undo_buffers(state.model)
+        # the mean direction of the assigning views; the stream keeps a moving average of it (MinRed)
+        features_BD = F.normalize(z_VBD.detach()[: len(batch.crops[0])].sum(0), dim=-1)
+        state.stream = batch.taken(features_BD if sound else None)
         count(state, batch, sound, max_bad)
         step = Step(float(loss.detach()), prequential, float(norm), rate, sound, halved, z_VBD[0].detach())
         for look in watchers:
@@ -88,7 +91,6 @@ def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
     state.step += 1
     state.images += len(batch.fresh)
     state.fresh += int(batch.fresh.sum())
-    state.stream = batch.state
     state.bad_steps += not sound
     state.bad_in_a_row = 0 if sound else state.bad_in_a_row + 1
     if not sound:

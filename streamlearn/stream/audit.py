@@ -7,7 +7,8 @@ from typing import Any
 
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.object_store import ObjectStore
-from streamlearn.stream.plan import Position, Round, begun, finished, order
+from streamlearn.stream.position import Position, begun, finished
+from streamlearn.stream.rounds import Round, order
 
 
 @dataclass

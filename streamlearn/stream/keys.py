@@ -38,3 +38,10 @@ def permutation(k: np.uint64, n: int) -> NDArray[np.int64]:
 def uniform(keys_B: U64, salt: int) -> NDArray[np.float64]:
     """One number in [0, 1) for each key; another `salt` gives an independent one."""
     return (mix(keys_B ^ mix(np.array(salt, dtype=np.uint64))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def among(numbers_N: NDArray[np.int64], rising_M: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) whether each is one of these, which rise: a search, where numpy's isin would sort or hash both."""
+    if not len(rising_M):
+        return np.zeros(len(numbers_N), bool)
+    return rising_M[np.minimum(np.searchsorted(rising_M, numbers_N), len(rising_M) - 1)] == numbers_N

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ from streamlearn.stream import views
 from streamlearn.stream.cache import ShardCache, read_member
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import key, permutation
-from streamlearn.stream.plan import Planner, Position, Shard, Slots, finished, fresh_refs, order, pool_of, substitute
+from streamlearn.stream.minred import Features
+from streamlearn.stream.plan import Planner
+from streamlearn.stream.position import Position, finished, pool_of
+from streamlearn.stream.replay import MINRED
+from streamlearn.stream.rounds import Slots, fresh_refs, order, part_of_batch, substitute
+from streamlearn.stream.table import Table
 from streamlearn.stream.worker import BatchSpec, Made, Place, make, start_worker
 
 LOOK_S = 5.0  # between looks at the catalog in the middle of a round
@@ -45,16 +51,21 @@ LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
 
 @dataclass(frozen=True)
 class Batch:
+    """One rank's part of a batch."""
+
     crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution
     fresh: Tensor  # (B,) bool
-    state: dict[str, Any]  # where the stream stands once this batch is taken
+    named: Tensor  # (B,) bool: the image is the one that the plan names, and no stand-in
     wait_s: float  # how long the learner waited for it
+    taken: Callable[..., dict[str, Any]]  # tells the stream that the batch is learnt: see Stream.take
 
 
 @dataclass
 class _Outstanding:
     spec: BatchSpec
-    fresh: np.ndarray[Any, np.dtype[np.bool_]]
+    refs_N2: NDArray[np.int64]  # of the whole batch, all ranks' parts
+    fresh: NDArray[np.bool_]
+    named: NDArray[np.bool_]
     before: Position  # to make it again
     after: Position
     shards: frozenset[str]
@@ -74,12 +85,17 @@ class Stream:
         batch: int,
         state: dict[str, Any] | None,
         stop: threading.Event,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.config, self.batch, self.stop = config, batch, stop
-        self.planner = Planner(config, catalog, store, batch=batch)
+        self.part, self.ranks = part_of_batch(batch, rank, ranks), ranks
+        self.planner = Planner(config, catalog, store, batch=batch, leader=rank == 0)
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)
-        self.names: dict[str, Shard] = {}
+        self.features = Features.from_state(state["features"]) if state and "features" in state else Features()
+        self._learnt = self.position  # after the last batch that was taken or passed over
+        self.names: dict[str, str] = {}  # shard key -> sha256
         self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0, "taken_down": 0}
         self._queue: deque[_Outstanding] = deque()
         self._pool: ProcessPoolExecutor | None = None
@@ -111,27 +127,46 @@ class Stream:
             self.counts["corrupt"] += int((~made.sound).sum())
             if not made.crops:
                 self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
-                continue
-            fresh = torch.from_numpy(item.fresh & made.sound)
-            yield Batch(made.crops, fresh, item.after.to_state(), time.perf_counter() - began)
+                if self.ranks == 1:
+                    self._learnt = item.after
+                    continue
+                made = self._grey()  # other ranks' parts may be sound, and all must take the same number of steps
+            fresh, named = torch.from_numpy(item.fresh & made.sound), torch.from_numpy(item.named & made.sound)
+            yield Batch(made.crops, fresh, named, time.perf_counter() - began, partial(self.take, item, made.sound))
+
+    def take(self, item: _Outstanding, sound: NDArray[np.bool_], features_BD: Tensor | None = None) -> dict[str, Any]:
+        """`Batch.taken`: where the stream stands once this batch is learnt, for the checkpoint.
+
+        `features_BD`: what the learner made of each image, for MinRed (else it is not looked at); None where it made nothing of them.  With
+        several ranks every one of them is told the same, of the whole batch, with zeros where a part's image is not `named`.
+        """
+        self._learnt = item.after
+        if self.config.replay != MINRED:
+            return item.after.to_state()
+        if features_BD is not None:
+            told = features_BD.detach().float().cpu().numpy()
+            if self.ranks == 1:
+                told = told * (item.named & sound)[:, None]
+            self.features.observe(item.before.round, item.refs_N2, told)
+        return item.after.to_state() | {"features": self.features.state_dict()}
 
     def sample(self, state: dict[str, Any], count: int) -> list[str]:
         """Up to `count` references `<shard key>#<index>` of images learnt so far, drawn by a key of the state alone."""
         position = Position.from_state(self.config, state)
-        table, refs = dict(position.table), position.reservoir.refs_N2
+        table, refs = position.table, position.reservoir.refs_N2
         if position.record is not None and not len(refs):
-            table |= {s.number: s for s in position.record.shards}
-            refs = fresh_refs(position.record)
+            table, refs = table.with_(position.record.shards), fresh_refs(position.record)
         chosen = permutation(key(self.config.seed, position.round, position.place, "sample"), len(refs))[:count]
-        self.names |= {s.key: s for s in table.values()}
-        return [f"{table[shard].key}#{index}" for shard, index in refs[chosen].tolist()]
+        found = [(shard, index) for number, index in refs[chosen].tolist() if (shard := table.get(number))]
+        self.names |= dict(shard for shard, _ in found)
+        return [f"{name}#{index}" for (name, _), index in found]
 
     def image_bytes(self, ref: str) -> bytes:
         """Raises NotFound, Corrupt."""
         name, _, index = ref.rpartition("#")
         if name not in self.names:
             raise NotFound(f"{ref}: not among the shards of this stream")
-        spot = self.planner.moves.spot(name, self.names[name].sha256, int(index))
+        spot = self.planner.moves.spot(name, self.names[name], int(index))
         if spot is None:
             raise NotFound(f"{ref}: taken down")
         path, samples = self.cache.shard(spot.key, spot.sha256, pinned=self._pinned())
@@ -167,40 +202,51 @@ class Stream:
     def _specs(self) -> Iterator[_Outstanding | None]:
         """Specs in order, for ever; None whenever nothing is planned."""
         while True:
-            planned = self.planner.planned(self.position)
+            planned = self._planned()
             if planned is None:
                 yield None
                 continue
             self.position, round_ = planned, planned.record
             assert round_ is not None
+            if not round_.batches:
+                self.position = finished(planned)
+                continue
             slots = order(self.config.seed, round_, self.position.reservoir)
-            table = dict(self.position.table) | {s.number: s for s in round_.shards}
+            table = self.position.table.with_(round_.shards)
             while self.position.place < round_.batches:
-                at = slice(self.position.place * self.batch, (self.position.place + 1) * self.batch)
                 after = replace(self.position, place=self.position.place + 1)
                 if after.place == round_.batches:
                     after = finished(after)
-                item = self._spec(table, slots, at)
+                item = self._spec(table, slots, self.position.place * self.batch)
                 item.before, item.after = self.position, after
                 self.position = after
                 yield item
                 if after.record is None:  # the round is over
                     break
 
-    def _spec(self, table: dict[int, Shard], slots: Slots, at: slice) -> _Outstanding:
-        places, fresh, shards = list[Place | None](), slots.fresh_N[at].copy(), set[str]()
-        for i, (number, index) in enumerate(slots.refs_N2[at].tolist()):
+    def _planned(self) -> Position | None:
+        if self.config.replay == MINRED and self.position.record is None and self._learnt.round < self.position.round - 1:
+            return None  # what MinRed goes by is not learnt yet
+        return self.planner.planned(self.position, self.features)
+
+    def _spec(self, table: Table, slots: Slots, start: int) -> _Outstanding:
+        """Of this rank's part of the batch whose slots begin at `start`."""
+        whole, own = slice(start, start + self.batch), slice(start + self.part.start, start + self.part.stop)
+        places, fresh, shards = list[Place | None](), slots.fresh_N[own].copy(), set[str]()
+        named = np.ones(len(fresh), bool)
+        for i, (number, index) in enumerate(slots.refs_N2[own].tolist()):
             place = self._place(table.get(number), index, shards)
             if place is None:
-                fresh[i] = False
-                place = self._substitute(table, at.start + i, shards)
+                fresh[i] = named[i] = False
+                place = self._substitute(table, own.start + i, shards)
             places.append(place)
         there = [place for place in places if place is not None]
         # with nothing to draw from, others of the batch stand in; with none of those, the batch is passed over
-        whole = tuple(place or there[i % len(there)] for i, place in enumerate(places)) if there else ()
-        return _Outstanding(BatchSpec(whole, slots.keys_N[at]), fresh, self.position, self.position, frozenset(shards))
+        filled = tuple(place or there[i % len(there)] for i, place in enumerate(places)) if there else ()
+        spec = BatchSpec(filled, slots.keys_N[own])
+        return _Outstanding(spec, slots.refs_N2[whole], fresh, named, self.position, self.position, frozenset(shards))
 
-    def _substitute(self, table: dict[int, Shard], slot: int, shards: set[str]) -> Place | None:
+    def _substitute(self, table: Table, slot: int, shards: set[str]) -> Place | None:
         """A replay draw for a slot whose sample is lost or gone; None where everything is gone.  Raises Corrupt where too much is lost."""
         if self._substitutes is None or self._substitutes[0] != self.position.round:
             self._substitutes = (self.position.round, pool_of(self.position, self.planner.moves))
@@ -217,9 +263,9 @@ class Stream:
             "see `streamlearn status` and restore the store from a backup"
         )
 
-    def _place(self, shard: Shard | None, index: int, shards: set[str], *, count: bool = True) -> Place | None:
+    def _place(self, shard: tuple[str, str] | None, index: int, shards: set[str], *, count: bool = True) -> Place | None:
         """Where the bytes of a sample lie on this disk; None if it was taken down, or its shard is lost."""
-        spot = self.planner.moves.spot(shard.key, shard.sha256, index) if shard else None
+        spot = self.planner.moves.spot(*shard, index) if shard else None
         if shard and spot is None:
             self.counts["taken_down"] += count
             return None
@@ -233,6 +279,12 @@ class Stream:
         shards.add(spot.key)
         sample: ShardSample = samples[spot.index]
         return Place(str(path), sample)
+
+    def _grey(self) -> Made:
+        """A part of nothing but grey images."""
+        size = self.part.stop - self.part.start
+        crops = tuple(torch.zeros(c.count, size, 3, c.size, c.size) for c in self.config.crops)
+        return Made(crops, np.zeros(size, bool))
 
     # -- what ends meanwhile -------------------------------------------------------------------------------------------
 

@@ -7,8 +7,13 @@ samples its successor left out; so any (shard, index) can be followed to where t
 from bisect import bisect_left
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streamlearn.contract.catalog import EXPIRED, Changes, ShardRow
 from streamlearn.contract.errors import OffsetGap
+from streamlearn.stream.keys import among
+from streamlearn.stream.table import Table
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Moves:
     def __init__(self) -> None:
         self._ended: dict[str, tuple[ShardRow, list[int]]] = {}  # key -> row, and its removed samples in order
         self._into: dict[str, ShardRow] = {}  # old key -> the row that replaces it
+        self._touched: set[bytes] = set()  # keys of shards of which a sample is gone, here or where it was moved to
 
     def learn(self, changes: Changes) -> None:
         for row in changes.ended:
@@ -34,9 +40,35 @@ class Moves:
         for row in [*changes.live, *changes.ended]:
             for old in row.replaces.split(",") if row.replaces else ():
                 self._into[old] = row
+        for row in changes.ended:
+            if row.removed or row.key not in self._into:
+                self._touch(row.key)
+
+    def _touch(self, key: str) -> None:
+        """The shard and all that were rewritten into it."""
+        keys = [key]
+        while keys:
+            key = keys.pop()
+            if key.encode() not in self._touched and key in self._ended:
+                self._touched.add(key.encode())
+                replaces = self._ended[key][0].replaces
+                keys += replaces.split(",") if replaces else []
+
+    def gone(self, table: Table, refs_N2: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(N,) which samples replay may no longer draw: those of no shard known, those taken down or expired."""
+        gone = ~table.has(refs_N2[:, 0])
+        touched = dict(table.numbers_in(self._touched))
+        for at in np.flatnonzero(among(refs_N2[:, 0], np.array(list(touched), np.int64))).tolist():
+            number, index = refs_N2[at].tolist()
+            gone[at] = not self.lasting(touched[number], index)
+        return gone
 
     def ended(self, key: str) -> bool:
         return key in self._ended
+
+    def replaced(self, key: str) -> bool:
+        """Ended, and another covers its offsets."""
+        return key in self._ended and key in self._into
 
     def spot(self, key: str, sha256: str, index: int) -> Spot | None:
         """Where a sample of a shard lies now; None if it was taken down."""

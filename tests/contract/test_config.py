@@ -26,6 +26,10 @@ WRONG = [
     ("[store]\nkind = 's3'", "kind 's3' needs store.bucket; set it, or set store.kind to 'folder'"),
     ("[store]\nprefix = 'a/'", "prefix = 'a/': must be a relative path"),
     ("[store]\npart_bytes = 1000", "store.part_bytes = 1000: input should be greater than or equal to 5242880"),
+    (
+        "[stream]\nreplay = 'minred'\nreservoir = 4096",
+        "replay = 'minred' with reservoir = 4096, round_samples = 4096: what a round brings in",
+    ),
     ("nonsense", "not TOML"),
 ]
 

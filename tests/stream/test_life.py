@@ -19,8 +19,8 @@ from streamlearn.contract.event_log import TAKEDOWNS, SqliteLog
 from streamlearn.stream import loader
 from streamlearn.stream.audit import audit
 from streamlearn.stream.cache import read_member
-from streamlearn.stream.plan import Planner, Position, begun, finished
-from streamlearn.stream.replay import Reservoir
+from streamlearn.stream.plan import Planner
+from streamlearn.stream.position import Position, begun, finished
 from tests.ingest.server import picture
 from tests.stream.world import CONFIG, World, take, url
 
@@ -54,7 +54,7 @@ class Living(World):
         for batch in stream.batches():
             if batch is None:
                 break
-            state, taken = batch.state, taken + 1
+            state, taken = batch.taken(), taken + 1
             self.delivered += list(zip(self._last, batch.fresh.tolist(), strict=True))
             if taken == count:
                 break
@@ -261,30 +261,3 @@ def test_with_everything_taken_down_the_learner_waits(world):
     world.add(4, 1)
     world.learn(stream)
     assert {name for name, _ in world.delivered[before:]} == {(1, n) for n in range(4)}
-
-
-def test_the_reservoir_stays_uniform_over_holes():
-    """60 samples in a reservoir of 12; halfway ten of those admitted are removed: survivors and newcomers are drawn alike."""
-    hits = np.zeros(60)
-    for seed in range(1500):
-        r = Reservoir(seed, 12)
-        block = np.arange(30)
-        r = r.admitted(np.stack([block, block], 1)).without([(i, i) for i in range(10)])
-        late = np.arange(30, 60)
-        r = r.admitted(np.stack([late, late], 1))
-        assert len(np.unique(r.refs_N2[:, 0])) == len(r) <= 12
-        hits[r.refs_N2[:, 0]] += 1
-    assert not hits[:10].any()
-    expected = 1500 * 12 / 60
-    chi2 = float(((hits[10:] - expected) ** 2 / (expected * 0.8)).sum())
-    assert chi2 < 85  # 50 degrees of freedom: 99.8 %
-
-
-def test_a_reservoir_with_holes_does_not_depend_on_how_samples_were_grouped():
-    block = np.stack([np.arange(50), np.arange(50)], 1)
-    start = Reservoir(3, 8).admitted(block[:20])
-    start = start.without([tuple(ref) for ref in start.refs_N2[:3].tolist()])
-    whole, parts = start.admitted(block[20:]), start
-    for i in range(20, 50, 3):
-        parts = parts.admitted(block[i : i + 3])
-    assert np.array_equal(whole.refs_N2, parts.refs_N2)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
 from streamlearn.stream.audit import audit
 from tests.stream.world import CONFIG, World, take
 
@@ -36,9 +36,9 @@ def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
     whole = take(world.stream(), 12)
     first = take(world.stream(cache=world.home / "c1"), cut)
     world.add(7)  # the catalog grows meanwhile: recorded rounds are not planned anew
-    rest = take(world.stream(first[-1].state, cache=world.home / "c2"), 12 - cut)
+    rest = take(world.stream(first[-1].taken(), cache=world.home / "c2"), 12 - cut)
     assert all(equal(a, b) for a, b in zip(whole[cut:], rest, strict=True))
-    assert [b.state["place"] for b in whole[cut:]] == [b.state["place"] for b in rest]
+    assert [b.taken()["place"] for b in whole[cut:]] == [b.taken()["place"] for b in rest]
 
 
 def test_worker_processes_make_the_same_batches_as_none(world):
@@ -123,7 +123,7 @@ def test_a_lost_shard_is_counted_and_its_slots_go_to_replay(world, damage):
     batches = take(stream, 100)
     assert stream.counters()["lost"] >= 6
     assert sum(int(b.fresh.sum()) for b in batches) == 6 + 5 + 9 + 4 + 6
-    assert batches[-1].state["cursor"]["candidates/0"] == world.ends[0]
+    assert batches[-1].taken()["cursor"]["candidates/0"] == world.ends[0]
 
 
 def test_a_damaged_local_copy_is_fetched_again(world):
@@ -146,7 +146,7 @@ def test_the_cache_stays_within_its_budget(world):
 
 def test_everything_learnt_is_accounted_for(world):
     batches = take(world.stream(), 100)
-    learnt = audit(CONFIG, world.store, batches[-1].state)
+    learnt = audit(CONFIG, world.store, batches[-1].taken())
     assert learnt.batches == len(batches) and set(learnt.fresh.values()) == {1} and len(learnt.fresh) == 24
     assert Counter(len(b.fresh) for b in batches) == {4: len(batches)}
 
@@ -154,8 +154,43 @@ def test_everything_learnt_is_accounted_for(world):
 def test_the_sample_for_calibration_is_a_function_of_the_state(world):
     batches = take(world.stream(), 9)
     a, b = world.stream(cache=world.home / "c1"), world.stream(cache=world.home / "c2")
-    refs = a.sample(batches[-1].state, 6)
-    assert refs == b.sample(batches[-1].state, 6) and len(refs) == 6
+    refs = a.sample(batches[-1].taken(), 6)
+    assert refs == b.sample(batches[-1].taken(), 6) and len(refs) == 6
     assert torch.equal(a.eval_images(refs, 16), b.eval_images(refs, 16)) and a.eval_images(refs, 16).shape == (6, 3, 16, 16)
     with pytest.raises((NotFound, Corrupt)):
         a.image_bytes("nowhere.tar#0")
+
+
+def side_by_side(parts):
+    """The ranks' parts of each batch, put together."""
+    return [tuple(torch.cat(crops, dim=1) for crops in zip(*(b.crops for b in batch), strict=True)) for batch in zip(*parts, strict=True)]
+
+
+def test_stopped_on_four_ranks_and_gone_on_with_two_the_batches_are_those_of_one(world):
+    whole = take(world.stream(), 12)
+    other = World(world.home / "ranks")
+    for count, partition in ((6, 0), (5, 1), (9, 0), (4, 1)):
+        other.add(count, partition)
+    four = [take(other.stream(cache=other.home / f"c{r}", rank=r, ranks=4), 7) for r in range(4)]  # the leader first: it records
+    state = four[3][-1].taken()
+    two = [take(other.stream(state, cache=other.home / f"d{r}", rank=r, ranks=2), 5) for r in range(2)]
+    got = side_by_side(four) + side_by_side(two)
+    assert len(got) == 12 and all(torch.equal(x, y) for a, b in zip(whole, got, strict=True) for x, y in zip(a.crops, b, strict=True))
+    assert [len(b.fresh) for b in four[0]] == [1] * 7 and sum(int(b.fresh.sum()) for rank in [*four, *two] for b in rank) == sum(
+        int(b.fresh.sum()) for b in whole
+    )
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(world):
+    with pytest.raises(ConfigError, match=r"train.batch = 4 cannot be shared out among 3 ranks; set it to a multiple"):
+        world.stream(rank=0, ranks=3)
+
+
+def test_a_rank_whose_part_is_garbage_steps_with_the_others(tmp_path):
+    world = World(tmp_path)
+    world.add(4, spoilt={0, 1, 2, 3})
+    parts = [
+        take(world.stream(fresh_fraction=1.0, max_replay_per_fresh=0.0, rank=r, ranks=2, cache=tmp_path / f"c{r}"), 1) for r in range(2)
+    ]
+    assert [tuple(b.crops[0].shape) for part in parts for b in part] == [(2, 2, 3, 16, 16)] * 2
+    assert not any(b.fresh.any() or b.named.any() for part in parts for b in part)

@@ -58,10 +58,11 @@ class World:
         self.catalog.commit([row], [Advance("candidates", partition, first, first + count)])
         return key
 
-    def stream(self, state=None, batch=4, cache=None, **more):
+    def stream(self, state=None, batch=4, cache=None, rank=0, ranks=1, **more):
         stop = threading.Event()
         config = CONFIG.model_copy(update=more)
-        return Stream(config, self.catalog, self.store, cache or self.home / "cache", batch=batch, state=state, stop=stop)
+        place = cache or self.home / "cache"
+        return Stream(config, self.catalog, self.store, place, batch=batch, state=state, stop=stop, rank=rank, ranks=ranks)
 
 
 def take(stream, count):
