@@ -1,7 +1,8 @@
 """Batches in the planned order, made ahead of need by worker processes.
 
 Specs of batches are pure values, handed out in order and collected in order; a worker that dies costs its work, not its place: the pool is
-made anew and the outstanding specs are handed out again.
+made anew and the outstanding specs are handed out again.  Crops come back as bytes in memory that is shared (stream/trays.py); what the
+workers leave to the learner's device is done when the batch is taken: normalisation, and with `stream.augment` there all distortion.
 
 A shard may be rewritten or taken down at any time.  The catalog is looked at before every round and every few seconds in between; what is
 seen to have ended leaves the local cache at once, and batches that were made ahead from it are dropped and made again: their samples are
@@ -32,12 +33,13 @@ from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt, NotFound, Retryable
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import ShardSample
-from streamlearn.stream import views
+from streamlearn.stream import distort, views
 from streamlearn.stream.cache import ShardCache, read_member
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import key, permutation
 from streamlearn.stream.plan import Planner, Position, Shard, Slots, finished, fresh_refs, order, pool_of, substitute
-from streamlearn.stream.worker import BatchSpec, Made, Place, make, start_worker
+from streamlearn.stream.trays import Tray, Trays
+from streamlearn.stream.worker import BatchSpec, Place, Sound, make, make_in, start_worker
 
 LOOK_S = 5.0  # between looks at the catalog in the middle of a round
 LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
@@ -45,7 +47,7 @@ LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
 
 @dataclass(frozen=True)
 class Batch:
-    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution
+    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution, on the learner's device
     fresh: Tensor  # (B,) bool
     state: dict[str, Any]  # where the stream stands once this batch is taken
     wait_s: float  # how long the learner waited for it
@@ -58,7 +60,8 @@ class _Outstanding:
     before: Position  # to make it again
     after: Position
     shards: frozenset[str]
-    future: "Future[Made] | None" = None
+    tray: Tray | None = None  # where its crops are written
+    future: "Future[Sound] | None" = None
 
 
 class Stream:
@@ -74,14 +77,17 @@ class Stream:
         batch: int,
         state: dict[str, Any] | None,
         stop: threading.Event,
+        device: str = "cpu",
     ):
-        self.config, self.batch, self.stop = config, batch, stop
+        self.config, self.batch, self.stop, self.device = config, batch, stop, torch.device(device)
+        self.paint = config.augment == "workers" or (config.augment == "auto" and self.device.type == "cpu")
         self.planner = Planner(config, catalog, store, batch=batch)
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)
         self.names: dict[str, Shard] = {}
         self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0, "taken_down": 0}
         self._queue: deque[_Outstanding] = deque()
+        self._trays = Trays(config.crops, batch, config.prefetch + 1)  # one to write on while another is unwanted
         self._pool: ProcessPoolExecutor | None = None
         self._looked = -math.inf  # monotonic
         self._substitutes: tuple[int, NDArray[np.int64]] | None = None  # of which round, its pool
@@ -106,14 +112,16 @@ class Stream:
                 continue
             began = time.perf_counter()
             item = self._queue[0]
-            made = self._collect(item)
+            sound = self._collect(item)
             self._queue.popleft()
-            self.counts["corrupt"] += int((~made.sound).sum())
-            if not made.crops:
+            self.counts["corrupt"] += int((~sound).sum())
+            crops = self._finished(item) if sound.any() else ()
+            self._give_back(item)
+            if not crops:
                 self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
                 continue
-            fresh = torch.from_numpy(item.fresh & made.sound)
-            yield Batch(made.crops, fresh, item.after.to_state(), time.perf_counter() - began)
+            fresh = torch.from_numpy(item.fresh & sound)
+            yield Batch(crops, fresh, item.after.to_state(), time.perf_counter() - began)
 
     def sample(self, state: dict[str, Any], count: int) -> list[str]:
         """Up to `count` references `<shard key>#<index>` of images learnt so far, drawn by a key of the state alone."""
@@ -161,6 +169,7 @@ class Stream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        self._trays.close()
 
     # -- planning ahead ------------------------------------------------------------------------------------------------
 
@@ -259,6 +268,7 @@ class Stream:
             dropped = self._queue.pop()
             if dropped.future is not None:
                 dropped.future.cancel()
+            self._give_back(dropped)
         return True
 
     def _pinned(self) -> frozenset[str]:
@@ -267,6 +277,7 @@ class Stream:
     # -- workers -------------------------------------------------------------------------------------------------------
 
     def _submit(self, item: _Outstanding) -> None:
+        item.tray = item.tray or self._trays.take()
         if self.config.workers == 0:
             return
         if self._pool is None:
@@ -275,19 +286,40 @@ class Stream:
             context.set_forkserver_preload(["streamlearn.stream.worker"])
             self._pool = ProcessPoolExecutor(self.config.workers, mp_context=context, initializer=start_worker, initargs=(os.getpid(),))
         try:
-            item.future = self._pool.submit(make, self.config, item.spec)
+            item.future = self._pool.submit(make_in, self.config, item.spec, item.tray, paint=self.paint)
         except BrokenProcessPool:
             self._revive()
 
-    def _collect(self, item: _Outstanding) -> Made:
+    def _collect(self, item: _Outstanding) -> Sound:
+        assert item.tray is not None
         if self.config.workers == 0:
-            return make(self.config, item.spec)
+            return make(self.config, item.spec, self._trays.arrays(item.tray), paint=self.paint)
         while True:
             try:
                 assert item.future is not None
                 return item.future.result()
             except BrokenProcessPool:
                 self._revive()
+
+    def _give_back(self, item: _Outstanding) -> None:
+        assert item.tray is not None
+        self._trays.give_back(item.tray, item.future)
+        item.tray = None
+
+    def _finished(self, item: _Outstanding) -> tuple[Tensor, ...]:
+        """From bytes to what the learner takes, in memory of its own and on its device."""
+        assert item.tray is not None
+        finished, first = list[Tensor](), 0
+        for pixels_VBSSC in self._trays.arrays(item.tray):
+            V, B, S = pixels_VBSSC.shape[:3]
+            rows = torch.from_numpy(pixels_VBSSC).view(V * B, S, S, 3).to(self.device)
+            if self.paint:
+                x = views.normalised(rows, self.config.mean, self.config.std)
+            else:
+                x = distort.distorted(rows, distort.draw(item.spec.keys_B, range(first, first + V), self.config), self.config)
+            finished.append(x.view(V, B, 3, S, S))
+            first += V
+        return tuple(finished)
 
     def _revive(self) -> None:
         """A worker was killed: a new pool, and every outstanding spec again."""

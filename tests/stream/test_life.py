@@ -39,12 +39,12 @@ class Living(World):
         monkeypatch.setattr(loader, "LOOK_S", 0.0)
         monkeypatch.setattr(loader, "make", self._make)
 
-    def _make(self, config, spec, really=loader.make):
+    def _make(self, config, spec, *out, really=loader.make, **how):
         self._last = []
         for place in spec.places:
             with Path(place.path).open("rb") as f:
                 self._last.append(NAMES[hashlib.sha256(read_member(f.fileno(), place.sample)).hexdigest()])
-        return really(config, spec)
+        return really(config, spec, *out, **how)
 
     def learn(self, stream, count=10**9):
         """The state after so many more batches; None if there were none."""
