@@ -79,9 +79,9 @@ def plan(keys_B: U64, sizes_B2: Ints, crops: tuple[CropConfig, ...]) -> tuple[In
 def cut(image: Pixels, box_4: Ints, size: int) -> Pixels:
     """(size,size,3): antialiased bilinear, as Pillow has it to within rounding (62 dB); torch's integer code is four times as fast."""
     left, top, right, bottom = box_4.tolist()
-    source = torch.from_numpy(np.ascontiguousarray(image[top:bottom, left:right])).permute(2, 0, 1).unsqueeze(0)
-    view = F.interpolate(source, size=(size, size), mode="bilinear", antialias=True)
-    out: Pixels = view[0].permute(1, 2, 0).numpy()
+    source_1HW3 = torch.from_numpy(np.ascontiguousarray(image[None, top:bottom, left:right]))
+    view_13SS = F.interpolate(source_1HW3.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)
+    out: Pixels = view_13SS.permute(0, 2, 3, 1).numpy()[0]  # channels last, as it went in: no copy
     return out
 
 

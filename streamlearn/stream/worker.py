@@ -74,6 +74,7 @@ def make_in(config: StreamConfig, spec: BatchSpec, tray: Tray, *, paint: bool) -
     return make(config, spec, mapped(tray), paint=paint)
 
 
+@torch.inference_mode()
 def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, paint: bool) -> Sound:
     """Write one (V_r,B,S_r,S_r,3) a resolution; with `paint` flipped, coloured and blurred, else that is left to the learner's device.
 
