@@ -25,7 +25,7 @@ from torch import Tensor
 
 from streamlearn.contract.config import StreamConfig
 from streamlearn.stream.keys import U64, uniform
-from streamlearn.stream.views import salt
+from streamlearn.stream.views import salts
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.299, 0.587, 0.114)
@@ -50,24 +50,21 @@ class Distortions:
 
 def draw(keys_B: U64, views: range, config: StreamConfig) -> Distortions:
     """For these views of every image, view by view: N = len(views) * B."""
-    parts = [_draw(keys_B, salt(view), config) for view in views]
-    return Distortions(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Distortions)))
+    at, reach = salts(views), 0.8 * config.jitter
 
+    def number(kind: int) -> NDArray[np.float64]:
+        return uniform(keys_B, at + kind).ravel()
 
-def _draw(keys_B: U64, at: int, config: StreamConfig) -> Distortions:
-    B, reach = len(keys_B), 0.8 * config.jitter
-    u_B4 = np.stack([uniform(keys_B, at + _FACTOR + i) for i in range(4)], axis=1)
-    factor_B4 = max(0.0, 1 - reach) + u_B4 * (1 + reach - max(0.0, 1 - reach))
-    factor_B4[:, HUE] = (2 * u_B4[:, HUE] - 1) * min(0.5, 0.2 * config.jitter)
-    coloured = config.jitter > 0
-    blurred_B = uniform(keys_B, at + _BLUR) < config.blur
+    factor_N4 = np.stack([number(_FACTOR + i) for i in range(4)], axis=1)
+    factor_N4[:, :HUE] = max(0.0, 1 - reach) + factor_N4[:, :HUE] * (1 + reach - max(0.0, 1 - reach))
+    factor_N4[:, HUE] = (2 * factor_N4[:, HUE] - 1) * min(0.5, 0.2 * config.jitter)
     return Distortions(
-        flip_N=uniform(keys_B, at + _FLIP) < 0.5,
-        jitter_N=(uniform(keys_B, at + _JITTER) < 0.8) & coloured,
-        order_N4=np.argsort(np.stack([uniform(keys_B, at + _ORDER + i) for i in range(4)], axis=1), axis=1),
-        factor_N4=factor_B4,
-        grey_N=(uniform(keys_B, at + _GREY) < 0.2) & coloured,
-        sigma_N=np.where(blurred_B, 0.1 + 1.9 * uniform(keys_B, at + _SIGMA), np.zeros(B)),
+        flip_N=number(_FLIP) < 0.5,
+        jitter_N=(number(_JITTER) < 0.8) & (config.jitter > 0),
+        order_N4=np.argsort(np.stack([number(_ORDER + i) for i in range(4)], axis=1), axis=1),
+        factor_N4=factor_N4,
+        grey_N=(number(_GREY) < 0.2) & (config.jitter > 0),
+        sigma_N=np.where(number(_BLUR) < config.blur, 0.1 + 1.9 * number(_SIGMA), 0.0),
     )
 
 

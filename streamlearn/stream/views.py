@@ -29,9 +29,9 @@ RATIO = (3 / 4, 4 / 3)
 _AREA, _SHAPE, _LEFT, _TOP = range(4)
 
 
-def salt(view: int) -> int:
-    """A view has a thousand salts of draws: the first hundred are of its distortion, ten for each try at a box follow."""
-    return 1000 * view
+def salts(views: range) -> Ints:
+    """(V,1) A view has a thousand salts of draws: the first hundred are of its distortion, ten for each try at a box follow."""
+    return 1000 * np.array(views, dtype=np.int64)[:, None]
 
 
 def sides(crops: tuple[CropConfig, ...]) -> Ints:
@@ -39,34 +39,34 @@ def sides(crops: tuple[CropConfig, ...]) -> Ints:
     return np.repeat([crop.size for crop in crops], [crop.count for crop in crops])
 
 
-def boxes(keys_B: U64, sizes_B2: Ints, view: int, scale: tuple[float, float]) -> Ints:
-    """(B,4) left, top, right, bottom in px: random area and aspect ratio inside each image (width, height)."""
+def boxes(keys_B: U64, sizes_B2: Ints, views: range, scale_V2: NDArray[np.float64]) -> Ints:
+    """(V,B,4) left, top, right, bottom in px: random area and aspect ratio inside each image (width, height)."""
     W, H = sizes_B2.T
+    low, high = scale_V2[:, :1], scale_V2[:, 1:]
     ratio = np.clip(W / H, *RATIO)  # what remains when no try fits
-    w, h = np.minimum(W, np.rint(H * ratio)), np.minimum(H, np.rint(W / ratio))
-    left, top = (W - w) // 2, (H - h) // 2
-    unsettled = np.ones(len(keys_B), bool)
+    width, height = np.minimum(W, np.rint(H * ratio)), np.minimum(H, np.rint(W / ratio))
+    whole = np.stack([(W - width) // 2, (H - height) // 2, width, height]).astype(np.int64)
+    box_4VB = np.repeat(whole[:, None], len(views), axis=1)
+    unsettled = np.ones(box_4VB.shape[1:], bool)
     for attempt in range(TRIES):
-        at = salt(view) + 100 + 10 * attempt
-        area = (scale[0] + (scale[1] - scale[0]) * uniform(keys_B, at + _AREA)) * W * H
+        at = salts(views) + 100 + 10 * attempt
+        area = (low + (high - low) * uniform(keys_B, at + _AREA)) * W * H
         shape = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * uniform(keys_B, at + _SHAPE))
-        tw, th = np.rint(np.sqrt(area * shape)), np.rint(np.sqrt(area / shape))
-        fits = unsettled & (tw > 0) & (tw <= W) & (th > 0) & (th <= H)
-        w, h = np.where(fits, tw, w), np.where(fits, th, h)
-        left = np.where(fits, uniform(keys_B, at + _LEFT) * (W - tw + 1), left)
-        top = np.where(fits, uniform(keys_B, at + _TOP) * (H - th + 1), top)
+        w, h = np.rint(np.sqrt(area * shape)), np.rint(np.sqrt(area / shape))
+        left, top = uniform(keys_B, at + _LEFT) * (W - w + 1), uniform(keys_B, at + _TOP) * (H - h + 1)
+        fits = unsettled & (w > 0) & (w <= W) & (h > 0) & (h <= H)
+        box_4VB = np.where(fits, np.stack([left, top, w, h]).astype(np.int64), box_4VB)
         unsettled &= ~fits
         if not unsettled.any():
             break
-    corner = np.floor(np.stack([left, top], axis=1))
-    return np.concatenate([corner, corner + np.stack([w, h], axis=1)], axis=1).astype(np.int64)
+    box_4VB[2:] += box_4VB[:2]
+    return np.ascontiguousarray(box_4VB.transpose(1, 2, 0))
 
 
 def plan(keys_B: U64, sizes_B2: Ints, crops: tuple[CropConfig, ...]) -> tuple[Ints, Ints]:
     """(V,B,4) boxes of all views in px, and (B,) at which 1/n of its sides each image may be decoded; boxes are multiples of that n."""
-    scales = [crop.scale for crop in crops for _ in range(crop.count)]
-    found_VB4 = np.stack([boxes(keys_B, sizes_B2, view, scale) for view, scale in enumerate(scales)])
-    ends_VB2 = np.split(found_VB4, 2, axis=2)
+    scale_V2 = np.array([crop.scale for crop in crops for _ in range(crop.count)])
+    ends_VB2 = np.split(boxes(keys_B, sizes_B2, range(len(scale_V2)), scale_V2), 2, axis=2)
     room_B = ((ends_VB2[1] - ends_VB2[0]).min(axis=2) / sides(crops)[:, None]).min(axis=0)  # px of the image for one px of a view
     scale_B = np.array(SCALES)[np.argmax(room_B[:, None] >= np.array(SCALES), axis=1)]
     scale_B = np.where(room_B < 1, 1, scale_B)

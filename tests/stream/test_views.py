@@ -101,7 +101,7 @@ def test_real_photographs_decode(data_dir):
 @pytest.mark.parametrize("scale", [(0.14, 1.0), (0.05, 0.14)])
 def test_boxes_are_distributed_as_those_of_the_official_code(size, scale):
     count, rng = 20_000, random.Random(0)
-    ours = views.boxes(draws(key("t"), count), np.tile([size], (count, 1)), 0, scale)
+    ours = views.boxes(draws(key("t"), count), np.tile([size], (count, 1)), range(1), np.array([scale]))[0]
     theirs = np.array([official.box(rng, *size, scale) for _ in range(count)])
     assert ours.min() >= 0 and (ours[:, 2:] <= size).all() and (ours[:, 2:] > ours[:, :2]).all()
 
@@ -122,7 +122,7 @@ CROPS = (CropConfig(count=2, size=32, scale=(0.14, 1.0)), CropConfig(count=4, si
 def test_an_image_is_decoded_at_the_smallest_scale_that_magnifies_no_crop(size, usual):
     keys, sizes = draws(key("s"), 500), np.tile([size], (500, 1))
     boxes, scales = views.plan(keys, sizes, CROPS)
-    whole = np.stack([views.boxes(keys, sizes, v, crop.scale) for v, crop in enumerate(c for c in CROPS for _ in range(c.count))])
+    whole = views.boxes(keys, sizes, range(6), np.array([crop.scale for crop in CROPS for _ in range(crop.count)]))
     room = ((whole[..., 2:] - whole[..., :2]).min(2) / views.sides(CROPS)[:, None]).min(0)
     expected = [max([s for s in SCALES if s <= r], default=1) for r in room]
     assert scales.tolist() == expected and np.median(scales) == usual
