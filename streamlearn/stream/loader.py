@@ -10,6 +10,7 @@ read from where they lie now, and slots whose sample is gone go to replay.  So n
 """
 
 import contextlib
+import importlib
 import math
 import os
 import threading
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import StreamConfig
-from streamlearn.contract.errors import Corrupt, NotFound, Retryable
+from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, Retryable
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import ShardSample
 from streamlearn.stream import distort, views
@@ -51,6 +52,17 @@ class Batch:
     fresh: Tensor  # (B,) bool
     state: dict[str, Any]  # where the stream stands once this batch is taken
     wait_s: float  # how long the learner waited for it
+
+
+def _need_opencv() -> None:
+    """Raises ConfigError where it is installed without the system's libraries that it loads."""
+    try:
+        importlib.import_module("streamlearn.stream.distort_cpu")
+    except ImportError as e:
+        raise ConfigError(
+            f"stream.augment: the workers' distortions need OpenCV, which cannot be loaded here: {e}. Install what it lacks "
+            "(Debian: libgl1 and libglib2.0-0), or set stream.augment to 'device'"
+        ) from e
 
 
 @dataclass
@@ -81,6 +93,8 @@ class Stream:
     ):
         self.config, self.batch, self.stop, self.device = config, batch, stop, torch.device(device)
         self.paint = config.augment == "workers" or (config.augment == "auto" and self.device.type == "cpu")
+        if self.paint:
+            _need_opencv()
         self.planner = Planner(config, catalog, store, batch=batch)
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.shards import ShardSample
-from streamlearn.stream import distort, distort_cpu, views
+from streamlearn.stream import distort, views
 from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import Buffer, Header, Pixels, header, pixels
 from streamlearn.stream.keys import U64
@@ -59,7 +60,7 @@ def keep_memory() -> None:
     """Freed memory stays with this process: a picture's worth, asked of the kernel anew for each, costs more than the work done in it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that every version takes
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
@@ -98,7 +99,12 @@ class _Maker:
         self.bodies = _read(spec)
         self.headers = [_header(body) for body in self.bodies]
         self.boxes_VB4, self.scale_B = views.plan(spec.keys_B, _sizes(self.headers), config.crops)
-        self.draws = distort.draw(spec.keys_B, range(len(self.boxes_VB4)), config) if paint else None
+        self.draws = distort.draw(spec.keys_B, range(len(self.boxes_VB4)), config)
+        self.paint: Callable[[Pixels, distort.Distortions, int], Pixels] | None = None
+        if paint:
+            from streamlearn.stream.distort_cpu import distorted  # OpenCV: only where it is needed
+
+            self.paint = distorted
         self.buffer = Buffer()
 
     def write(self, slot: int, sample: int) -> bool:
@@ -120,7 +126,7 @@ class _Maker:
         for out_VBSSC in self.out:
             for out_BSSC in out_VBSSC:
                 crop = views.cut(image, boxes_V4[view] // scale, out_BSSC.shape[1])
-                out_BSSC[slot] = crop if self.draws is None else distort_cpu.distorted(crop, self.draws, view * len(self.bodies) + slot)
+                out_BSSC[slot] = crop if self.paint is None else self.paint(crop, self.draws, view * len(self.bodies) + slot)
                 view += 1
         return True
 

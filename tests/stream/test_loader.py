@@ -3,13 +3,18 @@
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.stream import distort, distort_cpu, views
 from streamlearn.stream.audit import audit
+from streamlearn.stream.cache import read_member
+from streamlearn.stream.decode import decode
 from tests.stream.world import CONFIG, World, take
 
 
@@ -41,13 +46,40 @@ def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
     assert [b.state["place"] for b in whole[cut:]] == [b.state["place"] for b in rest]
 
 
-def test_worker_processes_make_the_same_batches_as_none(world):
-    plain = take(world.stream(), 8)
-    stream = world.stream(workers=2, cache=world.home / "c1")
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_worker_processes_make_the_same_batches_as_none(world, augment):
+    plain = take(world.stream(augment=augment), 8)
+    stream = world.stream(workers=2, cache=world.home / "c1", augment=augment)
     try:
         assert all(equal(a, b) for a, b in zip(plain, take(stream, 8), strict=True))
     finally:
         stream.close()
+
+
+def test_workers_and_device_distort_alike(world):
+    """Each rounds in its own way; the draws are the same."""
+    ours, theirs = (take(world.stream(augment=a, cache=world.home / a), 4) for a in ("workers", "device"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.state["place"] == b.state["place"] and torch.equal(a.fresh, b.fresh)
+        for x, y in zip(a.crops, b.crops, strict=True):
+            assert x.shape == y.shape and (x - y).abs().mean() < 0.03  # of a standard deviation: under two levels of 255
+
+
+def test_the_views_of_a_batch_are_the_draws_of_its_keys(world):
+    """Made again by hand, one view at a time, from the bytes that the spec points to."""
+    stream = world.stream()
+    item = next(i for i in stream._specs() if i is not None)
+    batch = take(world.stream(cache=world.home / "c1"), 1)[0]
+    for b, place in enumerate(item.spec.places):
+        with Path(place.path).open("rb") as f:
+            image = decode(read_member(f.fileno(), place.sample))
+        size, k = np.array([image.shape[1::-1]]), item.spec.keys_B[b : b + 1]
+        boxes, scales = views.plan(k, size, CONFIG.crops)
+        drawn = distort.draw(k, range(3), CONFIG)
+        for v, (crop, side) in enumerate([(batch.crops[0][0], 16), (batch.crops[0][1], 16), (batch.crops[1][0], 8)]):
+            assert scales[0] == 1
+            made = distort_cpu.distorted(views.cut(image, boxes[v, 0], side), drawn, v)
+            assert torch.equal(crop[b], views.normalised(made[None], CONFIG.mean, CONFIG.std)[0])
 
 
 def test_a_killed_worker_leaves_no_gap(world):
