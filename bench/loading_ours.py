@@ -120,19 +120,26 @@ def world(home: Path, images: list[bytes], per_shard: int) -> None:
         catalog.commit([row], [Advance("candidates", 0, first, end)])
 
 
-class Deferred(Stream):
-    """Bytes as they would be copied to a GPU, which does the rest; there is none here."""
+class Bytes(Stream):
+    """Hands over bytes as they would be copied to a GPU, which does the rest; there is none here."""
 
     def _finished(self, item: _Outstanding) -> tuple[torch.Tensor, ...]:
         assert item.tray is not None
         return tuple(torch.from_numpy(pixels_VBSSC).clone() for pixels_VBSSC in self._trays.arrays(item.tray))
 
 
+ENDS: dict[str, tuple[type[Stream], str]] = {
+    "deferred": (Bytes, "device"),  # flip, colour, blur and normalisation left to the device
+    "workers": (Bytes, "workers"),  # normalisation left to the device
+    "floats": (Stream, "workers"),  # nothing left: a learner on the CPU
+}
+
+
 def end_to_end(which: str, folder: Path, workers: int, batches: int) -> None:
     catalog, store = DeltaCatalog(str(folder / "store" / "catalog"), log_id="bench"), FolderStore(folder / "store")
-    config = CONFIG.model_copy(update={"workers": workers, "augment": "device" if which == "deferred" else "workers"})
-    kind = Deferred if which == "deferred" else Stream
-    stream = kind(config, catalog, store, folder / f"cache-{which}", batch=BATCH, state=None, stop=threading.Event())
+    kind, augment = ENDS[which]
+    config = CONFIG.model_copy(update={"workers": workers, "augment": augment})
+    stream = kind(config, catalog, store, folder / "cache", batch=BATCH, state=None, stop=threading.Event())
 
     def taken() -> Iterator[object]:
         for batch in stream.batches():
@@ -147,7 +154,7 @@ def end_to_end(which: str, folder: Path, workers: int, batches: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=["deferred", "workers", "floor", "quality", "world", "end-deferred", "end-workers"])
+    parser.add_argument("which", choices=["deferred", "workers", "floor", "quality", "world", *(f"end-{end}" for end in ENDS)])
     parser.add_argument("--images", type=Path, help="a tar of JPEGs")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--count", type=int)

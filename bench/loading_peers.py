@@ -65,6 +65,9 @@ class Views:
         tail = [t.RandomHorizontalFlip(p=0.5), t.Compose([jitter, t.RandomGrayscale(p=0.2), Blur()]), t.ToTensor(), t.Normalize(MEAN, STD)]
         self.views = [t.Compose([t.RandomResizedCrop(size, scale=(low, high)), *tail]) for size, low, high in CROPS]
 
+    def __reduce__(self) -> Any:
+        return Views, ()  # made anew in a worker that is spawned, where torchvision has to be made to load first
+
     def __call__(self, data: bytes) -> list[torch.Tensor]:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         return [view(image) for view in self.views]
@@ -111,6 +114,7 @@ def webdataset(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def streaming(folder: Path, workers: int) -> Iterator[Any]:
+    torchvision_transforms()  # it imports torchvision, which must find its operators
     mds = importlib.import_module("streaming")
 
     class Photos(mds.StreamingDataset):  # type: ignore[misc, name-defined]
@@ -139,14 +143,7 @@ def litdata(folder: Path, workers: int) -> Iterator[Any]:
         raw = sorted(map(str, (folder / "raw").glob("*.jpg")))
         lit.optimize(fn=_bytes_of, inputs=raw, output_dir=str(out), chunk_bytes="16MB", num_workers=1)
 
-    class Photos(lit.StreamingDataset):  # type: ignore[misc, name-defined]
-        views: Views
-
-        def __getitem__(self, index: Any) -> Any:
-            return self.views.of_sample(super().__getitem__(index))
-
-    photos = Photos(str(out), shuffle=True, drop_last=True)
-    photos.views = Views()
+    photos = lit.StreamingDataset(str(out), shuffle=True, drop_last=True, transform=Views().of_sample)
     yield from lit.StreamingDataLoader(photos, batch_size=BATCH, num_workers=workers, drop_last=True)
 
 
@@ -173,7 +170,7 @@ def family_cpu() -> float:
 
 
 def timed(batches: Iterator[Any], count: int, warm: int) -> dict[str, float]:
-    """Seconds for `count` batches after `warm`: what is made ahead at the beginning is made ahead at the end too."""
+    """Seconds for `count` batches after `warm`, by when as much is made ahead as at the end."""
     for _ in range(warm):
         next(batches)
     cpu, wall = family_cpu(), time.perf_counter()
@@ -194,4 +191,4 @@ if __name__ == "__main__":
     if args.which == "official":
         official(photographs(args.images))
     else:
-        print(json.dumps(timed(LOADERS[args.which](args.folder, args.workers), args.batches, warm=1)), flush=True)
+        print(json.dumps(timed(LOADERS[args.which](args.folder, args.workers), args.batches, warm=args.workers)), flush=True)
