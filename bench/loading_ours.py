@@ -89,7 +89,9 @@ def quality(images: list[bytes]) -> None:
         image = pixels(data, known, scale=scale, buffer=buffer)
         for box, side in zip(boxes_V14[:, 0], views.sides(CONFIG.crops).tolist(), strict=True):
             reference = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR, box=tuple(box.tolist())), dtype=np.float32)
-            error = float(np.square(reference - views.cut(image, box // scale, side)).mean())
+            crop = np.empty((side, side, 3), np.uint8)
+            views.cut(image, box // scale, crop)
+            error = float(np.square(reference - crop).mean())
             found.append(10 * np.log10(255**2 / max(error, 1e-6)))
     used = {str(s): scales.count(s) for s in sorted(set(scales))}
     print(json.dumps({"mean": float(np.mean(found)), "p5": float(np.quantile(found, 0.05)), "scales": used}), flush=True)

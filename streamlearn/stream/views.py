@@ -14,7 +14,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -76,13 +75,14 @@ def plan(keys_B: U64, sizes_B2: Ints, crops: tuple[CropConfig, ...]) -> tuple[In
     return np.concatenate(snapped, axis=2), scale_B
 
 
-def cut(image: Pixels, box_4: Ints, size: int) -> Pixels:
-    """(size,size,3): antialiased bilinear, as Pillow has it to within rounding (62 dB); torch's integer code is four times as fast."""
-    left, top, right, bottom = box_4.tolist()
+def cut(image: Pixels, box_4: Ints, out_SS3: Pixels) -> None:
+    """Write the box, resized: antialiased bilinear, as Pillow has it to within rounding (60 dB).  torch's integer code is four times as fast."""
+    (left, top, right, bottom), side = box_4.tolist(), len(out_SS3)
     source_1HW3 = torch.from_numpy(np.ascontiguousarray(image[None, top:bottom, left:right]))
-    view_13SS = F.interpolate(source_1HW3.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)
-    out: Pixels = view_13SS.permute(0, 2, 3, 1).numpy()[0]  # channels last, as it went in: no copy
-    return out
+    # interpolate(mode="bilinear", antialias=True), which has no `out`; channels last on both ends, so that nothing is rearranged
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        source_1HW3.permute(0, 3, 1, 2), (side, side), False, None, None, out=torch.from_numpy(out_SS3[None]).permute(0, 3, 1, 2)
+    )
 
 
 def eval_crop(image: Pixels, size: int) -> Pixels:

@@ -125,8 +125,9 @@ class _Maker:
         view = 0
         for out_VBSSC in self.out:
             for out_BSSC in out_VBSSC:
-                crop = views.cut(image, boxes_V4[view] // scale, out_BSSC.shape[1])
-                out_BSSC[slot] = crop if self.paint is None else self.paint(crop, self.draws, view * len(self.bodies) + slot)
+                views.cut(image, boxes_V4[view] // scale, out_BSSC[slot])
+                if self.paint is not None:
+                    out_BSSC[slot] = self.paint(out_BSSC[slot], self.draws, view * len(self.bodies) + slot)
                 view += 1
         return True
 

@@ -15,6 +15,7 @@ from streamlearn.stream import distort, distort_cpu, views
 from streamlearn.stream.audit import audit
 from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import decode
+from tests.stream.test_views import cut
 from tests.stream.world import CONFIG, World, take
 
 
@@ -78,7 +79,7 @@ def test_the_views_of_a_batch_are_the_draws_of_its_keys(world):
         drawn = distort.draw(k, range(3), CONFIG)
         for v, (crop, side) in enumerate([(batch.crops[0][0], 16), (batch.crops[0][1], 16), (batch.crops[1][0], 8)]):
             assert scales[0] == 1
-            made = distort_cpu.distorted(views.cut(image, boxes[v, 0], side), drawn, v)
+            made = distort_cpu.distorted(cut(image, boxes[v, 0], side), drawn, v)
             assert torch.equal(crop[b], views.normalised(made[None], CONFIG.mean, CONFIG.std)[0])
 
 

@@ -135,6 +135,12 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9))
 
 
+def cut(image, corners, side):
+    out = np.empty((side, side, 3), np.uint8)
+    views.cut(image, corners, out)
+    return out
+
+
 def photographs(data_dir, count):
     with tarfile.open(data_dir / "imagenet-sample-1000.tar") as tar:
         return [tar.extractfile(m).read() for m in tar.getmembers()[: count + 10] if m.isfile()][:count]
@@ -149,7 +155,7 @@ def test_crops_are_those_of_the_official_code_to_within_rounding(data_dir):
         image = pixels(body, known, scale=int(scales[0]))
         for side, corners in zip(views.sides(crops).tolist(), boxes[:, 0], strict=True):
             reference = np.asarray(official.crop(whole, corners.tolist(), side))
-            found.append(psnr(views.cut(image, corners // scales[0], side), reference))
+            found.append(psnr(cut(image, corners // scales[0], side), reference))
     assert np.mean(found) > 55 and np.quantile(found, 0.05) > 45
 
 
@@ -162,7 +168,7 @@ def test_crops_of_a_scaled_decode_are_close_to_those_of_the_whole(data_dir):
         image, scale = pixels(body, known, scale=int(scales[0])), int(scales[0])
         for corners in boxes[:, 0]:
             reference = np.asarray(official.crop(Image.fromarray(whole), corners.tolist(), 64))
-            found += [psnr(views.cut(image, corners // scale, 64), reference)] if scale > 1 else []
+            found += [psnr(cut(image, corners // scale, 64), reference)] if scale > 1 else []
     assert len(found) > 40 and np.mean(found) > 38 and min(found) > 30
 
 
