@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from streamlearn.stream import distort, distort_cpu, views
 from streamlearn.stream.audit import audit
 from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import decode
+from streamlearn.stream.worker import make
 from tests.stream.test_views import cut
 from tests.stream.world import CONFIG, World, take
 
@@ -130,6 +132,24 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
     assert all(torch.isfinite(c).all() for b in batches for c in b.crops)
     again = take(World(tmp_path).stream(fresh_fraction=1.0, cache=tmp_path / "c2"), 2)
     assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("spoilt", [0, 2, 3])
+def test_in_its_place_stands_the_next_of_the_batch_seen_by_other_draws(tmp_path, spoilt):
+    world = World(tmp_path)
+    world.add(4, spoilt={spoilt})
+    item = next(i for i in world.stream(fresh_fraction=1.0)._specs() if i is not None)
+    samples = [place.sample.index for place in item.spec.places]
+    at, places = samples.index(spoilt), list(item.spec.places)
+    places[at] = places[(at + 1) % 4]
+    made = []
+    for spec in (item.spec, replace(item.spec, places=tuple(places))):
+        out = tuple(np.full((c.count, 4, c.size, c.size, 3), len(made), np.uint8) for c in CONFIG.crops)
+        sound = make(CONFIG, spec, out, paint=True)
+        made.append((sound, out))
+    assert [s.tolist() for s, _ in made] == [[i != at for i in range(4)], [True] * 4]
+    assert all(np.array_equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
+    assert not np.array_equal(made[0][1][0][:, at], made[0][1][0][:, (at + 1) % 4])
 
 
 def test_a_whole_batch_of_garbage_does_not_stop_the_loop(tmp_path):
