@@ -21,7 +21,8 @@ def train_role(config: Config, home: "Home", metrics: LearnerMetrics, heartbeat:
     catalog = home.catalog(home.log().log_id)
 
     def open_stream(state: dict[str, Any] | None) -> Stream:
-        return Stream(config.stream, catalog, store, home.path / "cache", batch=config.train.batch, state=state, stop=stop)
+        train = config.train
+        return Stream(config.stream, catalog, store, home.path / "cache", batch=train.batch, state=state, stop=stop, device=train.device)
 
     def send(export: Export) -> tuple[str, str]:
         return publish(registry, export)

@@ -35,8 +35,8 @@ def permutation(k: np.uint64, n: int) -> NDArray[np.int64]:
     return np.argsort(draws(k, n), kind="stable")
 
 
-def uniform(keys_B: U64, salt: int) -> NDArray[np.float64]:
-    """One number in [0, 1) for each key; another `salt` gives an independent one."""
+def uniform(keys_B: U64, salt: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each key; another `salt` gives an independent one.  A column of salts gives a row for each."""
     return (mix(keys_B ^ mix(np.array(salt, dtype=np.uint64))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,7 +1,8 @@
 """Batches in the planned order, made ahead of need by worker processes.
 
-Specs of batches are pure values, handed out in order and collected in order; a worker that dies costs its work, not its place: the pool is
-made anew and the outstanding specs are handed out again.
+Specs of batches are pure values, handed out in order and collected in order, to whomever they are made by (stream/crew.py).  Crops come back
+as bytes in memory that is shared (stream/trays.py); what the workers leave to the learner's device is done when the batch is taken:
+normalisation, and with `stream.augment` there all distortion.
 
 A shard may be rewritten or taken down at any time.  The catalog is looked at before every round and every few seconds in between; what is
 seen to have ended leaves the local cache at once, and batches that were made ahead from it are dropped and made again: their samples are
@@ -15,8 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,6 +33,7 @@ from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import ShardSample
 from streamlearn.stream import views
 from streamlearn.stream.cache import ShardCache, read_member
+from streamlearn.stream.crew import Crew, Work
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import key, permutation
 from streamlearn.stream.minred import Features
@@ -43,7 +42,7 @@ from streamlearn.stream.position import Position, finished, pool_of
 from streamlearn.stream.replay import MINRED
 from streamlearn.stream.rounds import Slots, fresh_refs, order, part_of_batch, substitute
 from streamlearn.stream.table import Table
-from streamlearn.stream.worker import BatchSpec, Made, Place, make, start_worker
+from streamlearn.stream.worker import BatchSpec, Place, Sound
 
 LOOK_S = 5.0  # between looks at the catalog in the middle of a round
 LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
@@ -53,7 +52,7 @@ LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
 class Batch:
     """One rank's part of a batch."""
 
-    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution
+    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution, on the learner's device
     fresh: Tensor  # (B,) bool
     named: Tensor  # (B,) bool: the image is the one that the plan names, and no stand-in
     wait_s: float  # how long the learner waited for it
@@ -69,7 +68,7 @@ class _Outstanding:
     before: Position  # to make it again
     after: Position
     shards: frozenset[str]
-    future: "Future[Made] | None" = None
+    work: Work | None = None  # in the making
 
 
 class Stream:
@@ -85,20 +84,21 @@ class Stream:
         batch: int,
         state: dict[str, Any] | None,
         stop: threading.Event,
+        device: str = "cpu",
         rank: int = 0,
         ranks: int = 1,
     ):
         self.config, self.batch, self.stop = config, batch, stop
         self.part, self.ranks = part_of_batch(batch, rank, ranks), ranks
+        self.crew = Crew(config, batch=batch // ranks, device=torch.device(device))
         self.planner = Planner(config, catalog, store, batch=batch, leader=rank == 0)
         self.cache = ShardCache(store, cache_dir, config.cache_bytes)
         self.position = Position.from_state(config, state) if state else Position.start(config)
         self.features = Features.from_state(state["features"]) if state and "features" in state else Features()
         self._learnt = self.position  # after the last batch that was taken or passed over
         self.names: dict[str, str] = {}  # shard key -> sha256
-        self.counts = {"corrupt": 0, "lost": 0, "worker_deaths": 0, "passed_over": 0, "taken_down": 0}
+        self.counts = {"corrupt": 0, "lost": 0, "passed_over": 0, "taken_down": 0}
         self._queue: deque[_Outstanding] = deque()
-        self._pool: ProcessPoolExecutor | None = None
         self._looked = -math.inf  # monotonic
         self._substitutes: tuple[int, NDArray[np.int64]] | None = None  # of which round, its pool
         self._look()
@@ -113,7 +113,7 @@ class Stream:
                 ahead = self._specs()
             while len(self._queue) < self.config.prefetch and (item := next(ahead)) is not None:
                 self._queue.append(item)
-                self._submit(item)
+                item.work = self.crew.begin(item.spec)
             if self.planner.ended:  # planning has looked too
                 continue
             if not self._queue:
@@ -122,19 +122,23 @@ class Stream:
                 continue
             began = time.perf_counter()
             item = self._queue[0]
-            made = self._collect(item)
+            assert item.work is not None
+            sound = self.crew.collect(item.work)
             self._queue.popleft()
-            self.counts["corrupt"] += int((~made.sound).sum())
-            if not made.crops:
+            self.counts["corrupt"] += int((~sound).sum())
+            crops = self.crew.crops(item.work) if sound.any() else ()
+            self.crew.end(item.work)
+            if not crops:
                 self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
                 if self.ranks == 1:
                     self._learnt = item.after
                     continue
-                made = self._grey()  # other ranks' parts may be sound, and all must take the same number of steps
-            fresh, named = torch.from_numpy(item.fresh & made.sound), torch.from_numpy(item.named & made.sound)
-            yield Batch(made.crops, fresh, named, time.perf_counter() - began, partial(self.take, item, made.sound))
+                # other ranks' parts may be sound, and all must take the same number of steps
+                crops, sound = self._grey(), np.zeros(len(item.fresh), bool)
+            fresh, named = torch.from_numpy(item.fresh & sound), torch.from_numpy(item.named & sound)
+            yield Batch(crops, fresh, named, time.perf_counter() - began, partial(self.take, item, sound))
 
-    def take(self, item: _Outstanding, sound: NDArray[np.bool_], features_BD: Tensor | None = None) -> dict[str, Any]:
+    def take(self, item: _Outstanding, sound: Sound, features_BD: Tensor | None = None) -> dict[str, Any]:
         """`Batch.taken`: where the stream stands once this batch is learnt, for the checkpoint.
 
         `features_BD`: what the learner made of each image, for MinRed (else it is not looked at); None where it made nothing of them.  With
@@ -190,12 +194,11 @@ class Stream:
         return views.normalised(pixels, self.config.mean, self.config.std)
 
     def counters(self) -> dict[str, int]:
-        return dict(self.counts) | {"cache_bytes": self.cache.bytes, "expired_unseen": self.position.unseen}
+        more = {"worker_deaths": self.crew.deaths, "cache_bytes": self.cache.bytes, "expired_unseen": self.position.unseen}
+        return self.counts | more
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        self.crew.close()
 
     # -- planning ahead ------------------------------------------------------------------------------------------------
 
@@ -280,11 +283,10 @@ class Stream:
         sample: ShardSample = samples[spot.index]
         return Place(str(path), sample)
 
-    def _grey(self) -> Made:
+    def _grey(self) -> tuple[Tensor, ...]:
         """A part of nothing but grey images."""
         size = self.part.stop - self.part.start
-        crops = tuple(torch.zeros(c.count, size, 3, c.size, c.size) for c in self.config.crops)
-        return Made(crops, np.zeros(size, bool))
+        return tuple(torch.zeros(c.count, size, 3, c.size, c.size, device=self.crew.device) for c in self.config.crops)
 
     # -- what ends meanwhile -------------------------------------------------------------------------------------------
 
@@ -308,44 +310,10 @@ class Stream:
             return False
         self.position = self._queue[stale].before
         while len(self._queue) > stale:
-            dropped = self._queue.pop()
-            if dropped.future is not None:
-                dropped.future.cancel()
+            dropped = self._queue.pop().work
+            assert dropped is not None
+            self.crew.end(dropped)
         return True
 
     def _pinned(self) -> frozenset[str]:
         return frozenset().union(*(item.shards for item in self._queue))
-
-    # -- workers -------------------------------------------------------------------------------------------------------
-
-    def _submit(self, item: _Outstanding) -> None:
-        if self.config.workers == 0:
-            return
-        if self._pool is None:
-            # forkserver: neither torch's threads nor its memory are copied into the workers
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["streamlearn.stream.worker"])
-            self._pool = ProcessPoolExecutor(self.config.workers, mp_context=context, initializer=start_worker, initargs=(os.getpid(),))
-        try:
-            item.future = self._pool.submit(make, self.config, item.spec)
-        except BrokenProcessPool:
-            self._revive()
-
-    def _collect(self, item: _Outstanding) -> Made:
-        if self.config.workers == 0:
-            return make(self.config, item.spec)
-        while True:
-            try:
-                assert item.future is not None
-                return item.future.result()
-            except BrokenProcessPool:
-                self._revive()
-
-    def _revive(self) -> None:
-        """A worker was killed: a new pool, and every outstanding spec again."""
-        self.counts["worker_deaths"] += 1
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = None
-        for item in self._queue:
-            self._submit(item)

@@ -1,136 +1,88 @@
-"""Multi-crop views: random resized crops image by image, then colour, blur and normalisation on whole batches.
+"""Multi-crop views: where each crop lies, at which scale the image must be decoded for all of them, and the crops themselves.
 
-Parameters and their distributions: SwAV (arXiv:2006.09882, section 3.2 and its code), SEER the same.  Every draw is a hash of the
-sample's place in the sequence and the view's number, so a view does not depend on batch mates, workers or resumption.
+Boxes are drawn from the image's size alone, before anything is decoded, exactly as torchvision's RandomResizedCrop draws them (whole px).
+An image whose every crop is larger than its view is decoded at 1/2, 1/4 or 1/8, the smallest that magnifies none of them, and its boxes
+are moved to multiples of that (by under half a px of the view) so that crops begin and end with a decoded pixel.
 
-Shapes: B images, V views of one resolution, S its side in px, N = V * B rows.
+Every draw is a hash of the sample's place in the sequence and the view's number, so a view does not depend on batch mates, workers or
+resumption.  What follows a crop (flip, colour, blur): stream/distort.py.
+
+Shapes: B images, V views (all resolutions together, in the order of the config), S the side of a view in px.
 """
 
 import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from streamlearn.contract.config import CropConfig, StreamConfig
-from streamlearn.stream.decode import Pixels
+from streamlearn.contract.config import CropConfig
+from streamlearn.stream.decode import SCALES, Pixels
 from streamlearn.stream.keys import U64, uniform
 
-Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 TRIES = 10  # of a box that fits, as torchvision has it; then the largest centred box of a legal ratio
 RATIO = (3 / 4, 4 / 3)
-# salts: one number for each kind of draw; a view's draws are salted with VIEW * its number too
-_AREA, _SHAPE, _LEFT, _TOP, _FLIP, _JITTER, _BRIGHT, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA = range(13)
-VIEW = 1000
-LUMA = (0.299, 0.587, 0.114)
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
+_AREA, _SHAPE, _LEFT, _TOP = range(4)
 
 
-def boxes(keys_B: U64, sizes_B2: NDArray[np.int64], view: int, scale: tuple[float, float]) -> Floats:
-    """(B,4) left, top, right, bottom in px, not rounded: random area and aspect ratio inside each image (width, height)."""
-    W, H = sizes_B2[:, 0].astype(float), sizes_B2[:, 1].astype(float)
+def salts(views: range) -> Ints:
+    """(V,1) A view has a thousand salts of draws: the first hundred are of its distortion, ten for each try at a box follow."""
+    return 1000 * np.array(views, dtype=np.int64)[:, None]
+
+
+def sides(crops: tuple[CropConfig, ...]) -> Ints:
+    """(V,) the side of each view in px."""
+    return np.repeat([crop.size for crop in crops], [crop.count for crop in crops])
+
+
+def boxes(keys_B: U64, sizes_B2: Ints, views: range, scale_V2: NDArray[np.float64]) -> Ints:
+    """(V,B,4) left, top, right, bottom in px: random area and aspect ratio inside each image (width, height)."""
+    W, H = sizes_B2.T
+    low, high = scale_V2[:, :1], scale_V2[:, 1:]
     ratio = np.clip(W / H, *RATIO)  # what remains when no try fits
-    w, h = np.minimum(W, H * ratio), np.minimum(H, W / ratio)
-    left, top = (W - w) / 2, (H - h) / 2
-    unsettled = np.ones(len(keys_B), bool)
+    width, height = np.minimum(W, np.rint(H * ratio)), np.minimum(H, np.rint(W / ratio))
+    whole = np.stack([(W - width) // 2, (H - height) // 2, width, height]).astype(np.int64)
+    box_4VB = np.repeat(whole[:, None], len(views), axis=1)
+    unsettled = np.ones(box_4VB.shape[1:], bool)
     for attempt in range(TRIES):
-        salt = VIEW * view + 100 + 10 * attempt
-        area = (scale[0] + (scale[1] - scale[0]) * uniform(keys_B, salt + _AREA)) * W * H
-        shape = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * uniform(keys_B, salt + _SHAPE))
-        tw, th = np.sqrt(area * shape), np.sqrt(area / shape)
-        fits = unsettled & (tw <= W) & (th <= H)
-        w, h = np.where(fits, tw, w), np.where(fits, th, h)
-        left = np.where(fits, uniform(keys_B, salt + _LEFT) * (W - tw), left)
-        top = np.where(fits, uniform(keys_B, salt + _TOP) * (H - th), top)
+        at = salts(views) + 100 + 10 * attempt
+        area = (low + (high - low) * uniform(keys_B, at + _AREA)) * W * H
+        shape = np.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * uniform(keys_B, at + _SHAPE))
+        w, h = np.rint(np.sqrt(area * shape)), np.rint(np.sqrt(area / shape))
+        left, top = uniform(keys_B, at + _LEFT) * (W - w + 1), uniform(keys_B, at + _TOP) * (H - h + 1)
+        fits = unsettled & (w > 0) & (w <= W) & (h > 0) & (h <= H)
+        box_4VB = np.where(fits, np.stack([left, top, w, h]).astype(np.int64), box_4VB)
         unsettled &= ~fits
         if not unsettled.any():
             break
-    return np.stack([left, top, left + w, top + h], axis=1)
+    box_4VB[2:] += box_4VB[:2]
+    return np.ascontiguousarray(box_4VB.transpose(1, 2, 0))
 
 
-def crops(images: list[Pixels], keys_B: U64, config: CropConfig, first_view: int) -> NDArray[np.uint8]:
-    """(V,B,S,S,3): crops by Pillow's antialiased bilinear resize, flipped at random."""
-    sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
-    pictures = [Image.fromarray(image) for image in images]
-    out = np.empty((config.count, len(images), config.size, config.size, 3), np.uint8)
-    for v in range(config.count):
-        view = first_view + v
-        flips = uniform(keys_B, VIEW * view + _FLIP) < 0.5
-        for i, box in enumerate(boxes(keys_B, sizes, view, config.scale)):
-            crop = np.asarray(pictures[i].resize((config.size, config.size), Image.Resampling.BILINEAR, box=tuple(box)))
-            out[v, i] = crop[:, ::-1] if flips[i] else crop
-    return out
+def plan(keys_B: U64, sizes_B2: Ints, crops: tuple[CropConfig, ...]) -> tuple[Ints, Ints]:
+    """(V,B,4) boxes of all views in px, and (B,) at which 1/n of its sides each image may be decoded; boxes are multiples of that n."""
+    scale_V2 = np.array([crop.scale for crop in crops for _ in range(crop.count)])
+    ends_VB2 = np.split(boxes(keys_B, sizes_B2, range(len(scale_V2)), scale_V2), 2, axis=2)
+    room_B = ((ends_VB2[1] - ends_VB2[0]).min(axis=2) / sides(crops)[:, None]).min(axis=0)  # px of the image for one px of a view
+    scale_B = np.array(SCALES)[np.argmax(room_B[:, None] >= np.array(SCALES), axis=1)]
+    scale_B = np.where(room_B < 1, 1, scale_B)
+    # a box that ends beyond the last whole block of n px ends with that
+    step_B1 = scale_B[:, None]
+    snapped = [np.minimum((end + step_B1 // 2) // step_B1, sizes_B2 // step_B1) * step_B1 for end in ends_VB2]
+    return np.concatenate(snapped, axis=2), scale_B
 
 
-def colour(keys_B: U64, view: int, strength: float) -> tuple[Tensor, Tensor]:
-    """Brightness, saturation, hue and greyscale as one matrix (B,3,3), and the contrast factor (B,), float64.
-
-    Jitter .8s .8s .8s .2s with probability 0.8, greyscale with probability 0.2.
-    """
-
-    def factor(salt: int, reach: float) -> Tensor:
-        return torch.from_numpy(1 + (uniform(keys_B, VIEW * view + salt) * 2 - 1) * min(1.0, reach))
-
-    jittered = torch.from_numpy(uniform(keys_B, VIEW * view + _JITTER) < 0.8)
-    one = torch.ones(len(keys_B), dtype=torch.float64)
-    bright = torch.where(jittered, factor(_BRIGHT, 0.8 * strength), one)
-    contrast = torch.where(jittered, factor(_CONTRAST, 0.8 * strength), one)
-    saturation = torch.where(jittered, factor(_SATURATION, 0.8 * strength), one).view(-1, 1, 1)
-    turn = torch.where(jittered, factor(_HUE, 0.2 * strength) - 1, 0 * one) * 2 * math.pi
-    grey = torch.tensor(LUMA, dtype=torch.float64).expand(3, 3)
-    rotation = torch.zeros(len(keys_B), 3, 3, dtype=torch.float64)
-    rotation[:, 0, 0] = 1
-    rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
-    rotation[:, 1, 2], rotation[:, 2, 1] = -turn.sin(), turn.sin()
-    hue = torch.linalg.inv(YIQ) @ rotation @ YIQ
-    matrix = hue @ (saturation * torch.eye(3, dtype=torch.float64) + (1 - saturation) * grey) * bright.view(-1, 1, 1)
-    to_grey = torch.from_numpy(uniform(keys_B, VIEW * view + _GREY) < 0.2)
-    return torch.where(to_grey.view(-1, 1, 1), grey @ matrix, matrix), contrast
-
-
-def augment(crops_VBSSC: NDArray[np.uint8], keys_B: U64, config: StreamConfig, first_view: int) -> Tensor:
-    """(V,B,3,S,S) float32: colour distortion, blur, normalisation, each image by its own draws."""
-    V, B, S = crops_VBSSC.shape[:3]
-    x = torch.from_numpy(crops_VBSSC).permute(0, 1, 4, 2, 3).reshape(V * B, 3, S * S).float().div_(255)
-    if config.jitter > 0:
-        parts = [colour(keys_B, first_view + v, config.jitter) for v in range(V)]
-        matrix, contrast = torch.cat([m for m, _ in parts]).float(), torch.cat([c for _, c in parts]).float().view(-1, 1, 1)
-        x = torch.bmm(matrix, x)
-        # contrast turns about the mean grey of the picture itself
-        mean = (x * torch.tensor(LUMA).view(1, 3, 1)).sum(1, keepdim=True).mean(2, keepdim=True)
-        x = (contrast * x + (1 - contrast) * mean).clamp_(0, 1)
-    x = x.view(V * B, 3, S, S)
-    if config.blur > 0:
-        x = _blurred(x, keys_B, config.blur, first_view, V)
-    mean3, std3 = torch.tensor(config.mean).view(1, 3, 1, 1), torch.tensor(config.std).view(1, 3, 1, 1)
-    return ((x - mean3) / std3).view(V, B, 3, S, S)
-
-
-def _blurred(x_NCSS: Tensor, keys_B: U64, probability: float, first_view: int, views: int) -> Tensor:
-    """Gaussian blur, sigma uniform in 0.1 to 2 px, of the rows that draw it: two passes of one-dimensional kernels."""
-    at, sigmas = [], []
-    for v in range(views):
-        salt = VIEW * (first_view + v)
-        chosen = np.flatnonzero(uniform(keys_B, salt + _BLUR) < probability)
-        at.append(chosen + v * len(keys_B))
-        sigmas.append(0.1 + 1.9 * uniform(keys_B, salt + _SIGMA)[chosen])
-    rows = torch.from_numpy(np.concatenate(at))
-    if not len(rows):
-        return x_NCSS
-    reach = min(6, x_NCSS.shape[-1] - 1)  # 3 sigma
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / torch.from_numpy(np.concatenate(sigmas)).float().view(-1, 1)) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, dim=0)  # one a row and channel
-    S = x_NCSS.shape[-1]
-    y = F.pad(x_NCSS[rows].reshape(1, -1, S, S), (reach, reach, reach, reach), mode="reflect")
-    y = F.conv2d(y, kernel.view(-1, 1, 1, 2 * reach + 1), groups=len(kernel))
-    y = F.conv2d(y, kernel.view(-1, 1, 2 * reach + 1, 1), groups=len(kernel))
-    x_NCSS = x_NCSS.clone()
-    x_NCSS[rows] = y.view(-1, 3, S, S)
-    return x_NCSS
+def cut(image: Pixels, box_4: Ints, out_SS3: Pixels) -> None:
+    """Write the box, resized: antialiased bilinear, as Pillow has it to within rounding (60 dB).  torch's integer code is four times as fast."""
+    (left, top, right, bottom), side = box_4.tolist(), len(out_SS3)
+    source_1HW3 = torch.from_numpy(np.ascontiguousarray(image[None, top:bottom, left:right]))
+    # interpolate(mode="bilinear", antialias=True), which has no `out`; channels last on both ends, so that nothing is rearranged
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        source_1HW3.permute(0, 3, 1, 2), (side, side), False, None, None, out=torch.from_numpy(out_SS3[None]).permute(0, 3, 1, 2)
+    )
 
 
 def eval_crop(image: Pixels, size: int) -> Pixels:
@@ -143,7 +95,8 @@ def eval_crop(image: Pixels, size: int) -> Pixels:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def normalised(pixels_NSSC: NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """(N,3,S,S) float32."""
-    x = torch.from_numpy(pixels_NSSC).permute(0, 3, 1, 2).float().div_(255)
-    return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+def normalised(pixels_NSSC: Pixels | Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """(N,3,S,S) float32, on the device of the pixels, laid out as they are (channels last)."""
+    x = torch.as_tensor(pixels_NSSC).permute(0, 3, 1, 2).float().div_(255)
+    mean3, std3 = (torch.tensor(three, device=x.device).view(1, 3, 1, 1) for three in (mean, std))
+    return x.sub_(mean3).div_(std3)

@@ -1,23 +1,29 @@
-"""What a worker process does: one batch spec -> its crops.  A pure function of config, spec and the bytes it points to."""
+"""What a worker process does: one batch spec -> its crops, written into memory that the learner shares.  A pure function of config, spec
+and the bytes it points to.
+"""
 
+import ctypes
 import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.shards import ShardSample
-from streamlearn.stream import views
+from streamlearn.stream import distort, views
 from streamlearn.stream.cache import read_member
-from streamlearn.stream.decode import Pixels, decode
+from streamlearn.stream.decode import Buffer, Header, Pixels, header, pixels
 from streamlearn.stream.keys import U64
+from streamlearn.stream.trays import Tray, mapped
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,13 @@ class BatchSpec:
     keys_B: U64  # of the augmentations
 
 
-@dataclass(frozen=True)
-class Made:
-    crops: tuple[Tensor, ...]  # one (V_r,B,3,S_r,S_r) float32 a resolution; none if no sample is sound
-    sound: np.ndarray[Any, np.dtype[np.bool_]]  # (B,); False: could not be decoded, another sample stands in its place
+Sound = NDArray[np.bool_]  # (B,); False: could not be decoded, another sample stands in its place
 
 
 def start_worker(parent: int) -> None:
     """One thread each, no interest in Ctrl-C, and no life after the learner's: kill -9 of it must leave no orphans."""
     torch.set_num_threads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -52,47 +56,101 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=_end_with, args=(learner,), daemon=True).start()
 
 
+def keep_memory() -> None:
+    """Freed memory stays with this process: a picture's worth, asked of the kernel anew for each, costs more than the work done in it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that every version takes
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
 def _end_with(learner: int) -> None:
     """A pidfd becomes readable when its process has ended; the parent of this worker is the fork server, which may live on."""
     select.select([learner], [], [])
     os._exit(1)
 
 
-def make(config: StreamConfig, spec: BatchSpec) -> Made:
-    images = _decoded(spec)
-    sound = np.array([image is not None for image in images], dtype=bool)
-    if not sound.any():
-        return Made((), sound)  # nothing to stand in: the loader passes the batch over, and counts it
-    whole = [_stand_in(images, i) for i in range(len(images))]
-    made, first = [], 0
-    for crop in config.crops:
-        pixels = views.crops(whole, spec.keys_B, crop, first)
-        made.append(views.augment(pixels, spec.keys_B, config, first))
-        first += crop.count
-    return Made(tuple(made), sound)
+def make_in(config: StreamConfig, spec: BatchSpec, tray: Tray, *, paint: bool) -> Sound:
+    """As `make`, in another process than the one whose memory it is."""
+    return make(config, spec, mapped(tray), paint=paint)
 
 
-def _decoded(spec: BatchSpec) -> list[Pixels | None]:
+@torch.inference_mode()
+def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, paint: bool) -> Sound:
+    """Write one (V_r,B,S_r,S_r,3) a resolution; with `paint` flipped, coloured and blurred, else that is left to the learner's device.
+
+    Where no sample is sound nothing is written: the loader passes the batch over, and counts it.
+    """
+    if not spec.places:
+        return np.zeros(0, dtype=bool)
+    maker = _Maker(config, spec, out, paint)
+    sound = np.array([maker.write(slot, slot) for slot in range(len(spec.places))], dtype=bool)
+    if sound.any():
+        for slot in np.flatnonzero(~sound).tolist():
+            maker.write(slot, next(i % len(sound) for i in range(slot, slot + len(sound)) if sound[i % len(sound)]))
+    return sound
+
+
+class _Maker:
+    """One batch in the making."""
+
+    def __init__(self, config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], paint: bool):
+        self.out, self.config, self.keys_B = out, config, spec.keys_B
+        self.bodies = _read(spec)
+        self.headers = [_header(body) for body in self.bodies]
+        self.boxes_VB4, self.scale_B = views.plan(spec.keys_B, _sizes(self.headers), config.crops)
+        self.draws = distort.draw(spec.keys_B, range(len(self.boxes_VB4)), config)
+        self.paint: Callable[[Pixels, distort.Distortions, int], Pixels] | None = None
+        if paint:
+            from streamlearn.stream.distort_cpu import distorted  # OpenCV: only where it is needed
+
+            self.paint = distorted
+        self.buffer = Buffer()
+
+    def write(self, slot: int, sample: int) -> bool:
+        """The views of one slot from one sample, mostly its own; False if that cannot be decoded."""
+        known = self.headers[sample]
+        if known is None:
+            return False
+        boxes_V4, scale = self.boxes_VB4[:, slot], int(self.scale_B[slot])
+        if sample != slot:
+            boxes_V14, scales = views.plan(self.keys_B[slot : slot + 1], _sizes([known]), self.config.crops)
+            boxes_V4, scale = boxes_V14[:, 0], int(scales[0])
+        if not known.turbo:
+            scale = 1
+        try:
+            image = pixels(self.bodies[sample], known, scale=scale, buffer=self.buffer)
+        except Corrupt:
+            return False  # counted by the loader
+        view = 0
+        for out_VBSSC in self.out:
+            for out_BSSC in out_VBSSC:
+                views.cut(image, boxes_V4[view] // scale, out_BSSC[slot])
+                if self.paint is not None:
+                    out_BSSC[slot] = self.paint(out_BSSC[slot], self.draws, view * len(self.bodies) + slot)
+                view += 1
+        return True
+
+
+def _read(spec: BatchSpec) -> list[bytes]:
     files: dict[str, int] = {}
-    images: list[Pixels | None] = []
     try:
         for place in spec.places:
             if place.path not in files:
                 files[place.path] = os.open(place.path, os.O_RDONLY)
-            try:
-                images.append(decode(read_member(files[place.path], place.sample)))
-            except Corrupt:
-                images.append(None)  # counted by the loader through `sound`
+        return [read_member(files[place.path], place.sample) for place in spec.places]
     finally:
         for fd in files.values():
             os.close(fd)
-    return images
 
 
-def _stand_in(images: list[Pixels | None], i: int) -> Pixels:
-    """The image, or the next one in the batch that could be decoded."""
-    for step in range(len(images)):
-        image = images[(i + step) % len(images)]
-        if image is not None:
-            return image
-    raise AssertionError("make() has seen that one is sound")
+def _header(body: bytes) -> Header | None:
+    try:
+        return header(body)
+    except Corrupt:
+        return None
+
+
+def _sizes(headers: list[Header | None]) -> NDArray[np.int64]:
+    """(B,2) width, height; of what is no image, a size that will do."""
+    return np.array([(known.width, known.height) if known else (64, 64) for known in headers], dtype=np.int64)

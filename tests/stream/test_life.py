@@ -16,7 +16,7 @@ from ingest.expire import expire, purge
 from ingest.takedown import takedown
 from streamlearn.contract.catalog import EXPIRED
 from streamlearn.contract.event_log import TAKEDOWNS, SqliteLog
-from streamlearn.stream import loader
+from streamlearn.stream import crew, loader
 from streamlearn.stream.audit import audit
 from streamlearn.stream.cache import read_member
 from streamlearn.stream.plan import Planner
@@ -37,14 +37,14 @@ class Living(World):
         self.log.ensure_topic(TAKEDOWNS, 1)
         self.delivered, self._last = [], []
         monkeypatch.setattr(loader, "LOOK_S", 0.0)
-        monkeypatch.setattr(loader, "make", self._make)
+        monkeypatch.setattr(crew, "make", self._make)
 
-    def _make(self, config, spec, really=loader.make):
+    def _make(self, config, spec, *out, really=crew.make, **how):
         self._last = []
         for place in spec.places:
             with Path(place.path).open("rb") as f:
                 self._last.append(NAMES[hashlib.sha256(read_member(f.fileno(), place.sample)).hexdigest()])
-        return really(config, spec)
+        return really(config, spec, *out, **how)
 
     def learn(self, stream, count=10**9):
         """The state after so many more batches; None if there were none."""

@@ -3,13 +3,21 @@
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
+from streamlearn.stream import distort, distort_cpu, views
 from streamlearn.stream.audit import audit
+from streamlearn.stream.cache import read_member
+from streamlearn.stream.decode import decode
+from streamlearn.stream.worker import make
+from tests.stream.test_views import cut
 from tests.stream.world import CONFIG, World, take
 
 
@@ -41,13 +49,40 @@ def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
     assert [b.taken()["place"] for b in whole[cut:]] == [b.taken()["place"] for b in rest]
 
 
-def test_worker_processes_make_the_same_batches_as_none(world):
-    plain = take(world.stream(), 8)
-    stream = world.stream(workers=2, cache=world.home / "c1")
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_worker_processes_make_the_same_batches_as_none(world, augment):
+    plain = take(world.stream(augment=augment), 8)
+    stream = world.stream(workers=2, cache=world.home / "c1", augment=augment)
     try:
         assert all(equal(a, b) for a, b in zip(plain, take(stream, 8), strict=True))
     finally:
         stream.close()
+
+
+def test_workers_and_device_distort_alike(world):
+    """Each rounds in its own way; the draws are the same."""
+    ours, theirs = (take(world.stream(augment=a, cache=world.home / a), 4) for a in ("workers", "device"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.taken()["place"] == b.taken()["place"] and torch.equal(a.fresh, b.fresh)
+        for x, y in zip(a.crops, b.crops, strict=True):
+            assert x.shape == y.shape and (x - y).abs().mean() < 0.03  # of a standard deviation: under two levels of 255
+
+
+def test_the_views_of_a_batch_are_the_draws_of_its_keys(world):
+    """Made again by hand, one view at a time, from the bytes that the spec points to."""
+    stream = world.stream()
+    item = next(i for i in stream._specs() if i is not None)
+    batch = take(world.stream(cache=world.home / "c1"), 1)[0]
+    for b, place in enumerate(item.spec.places):
+        with Path(place.path).open("rb") as f:
+            image = decode(read_member(f.fileno(), place.sample))
+        size, k = np.array([image.shape[1::-1]]), item.spec.keys_B[b : b + 1]
+        boxes, scales = views.plan(k, size, CONFIG.crops)
+        drawn = distort.draw(k, range(3), CONFIG)
+        for v, (crop, side) in enumerate([(batch.crops[0][0], 16), (batch.crops[0][1], 16), (batch.crops[1][0], 8)]):
+            assert scales[0] == 1
+            made = distort_cpu.distorted(cut(image, boxes[v, 0], side), drawn, v)
+            assert torch.equal(crop[b], views.normalised(made[None], CONFIG.mean, CONFIG.std)[0])
 
 
 def test_a_killed_worker_leaves_no_gap(world):
@@ -56,7 +91,7 @@ def test_a_killed_worker_leaves_no_gap(world):
     for batch in stream.batches():
         got.append(batch)
         if len(got) == 3:
-            for pid in list(stream._pool._processes):
+            for pid in list(stream.crew._pool._processes):
                 os.kill(pid, signal.SIGKILL)
         if len(got) == 10:
             break
@@ -97,6 +132,24 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
     assert all(torch.isfinite(c).all() for b in batches for c in b.crops)
     again = take(World(tmp_path).stream(fresh_fraction=1.0, cache=tmp_path / "c2"), 2)
     assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize("spoilt", [0, 2, 3])
+def test_in_its_place_stands_the_next_of_the_batch_seen_by_other_draws(tmp_path, spoilt):
+    world = World(tmp_path)
+    world.add(4, spoilt={spoilt})
+    item = next(i for i in world.stream(fresh_fraction=1.0)._specs() if i is not None)
+    samples = [place.sample.index for place in item.spec.places]
+    at, places = samples.index(spoilt), list(item.spec.places)
+    places[at] = places[(at + 1) % 4]
+    made = []
+    for spec in (item.spec, replace(item.spec, places=tuple(places))):
+        out = tuple(np.full((c.count, 4, c.size, c.size, 3), len(made), np.uint8) for c in CONFIG.crops)
+        sound = make(CONFIG, spec, out, paint=True)
+        made.append((sound, out))
+    assert [s.tolist() for s, _ in made] == [[i != at for i in range(4)], [True] * 4]
+    assert all(np.array_equal(a, b) for a, b in zip(made[0][1], made[1][1], strict=True))
+    assert not np.array_equal(made[0][1][0][:, at], made[0][1][0][:, (at + 1) % 4])
 
 
 def test_a_whole_batch_of_garbage_does_not_stop_the_loop(tmp_path):

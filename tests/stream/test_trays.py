@@ -1,0 +1,69 @@
+"""Memory shared with workers: one writer at a time, no leak, the same bytes on both sides."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from streamlearn.contract.config import CropConfig
+from streamlearn.stream.trays import Trays
+
+CROPS = (CropConfig(count=2, size=16, scale=(0.3, 1.0)), CropConfig(count=1, size=8, scale=(0.05, 0.3)))
+
+
+@pytest.fixture
+def trays():
+    found = Trays(CROPS, 4, 3)
+    yield found
+    found.close()
+
+
+def test_a_tray_has_an_array_for_each_resolution(trays):
+    assert [a.shape for a in trays.arrays(trays.take())] == [(2, 4, 16, 16, 3), (1, 4, 8, 8, 3)]
+
+
+def test_no_two_trays_overlap(trays):
+    taken = [trays.take() for _ in range(3)]
+    for value, tray in enumerate(taken):
+        for array in trays.arrays(tray):
+            array[...] = value + 1
+    for value, tray in enumerate(taken):
+        assert all((array == value + 1).all() for array in trays.arrays(tray))
+
+
+def test_another_process_writes_what_this_one_reads(trays):
+    tray = trays.take()
+    code = "import sys, pickle; from streamlearn.stream.trays import mapped\nfor a in mapped(pickle.load(sys.stdin.buffer)): a[...] = a.shape[2]"
+    import pickle
+
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(tray), check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert [np.unique(a).tolist() for a in trays.arrays(tray)] == [[16], [8]]
+
+
+def test_a_tray_that_is_still_written_to_is_handed_out_last_and_only_when_that_has_ended(trays):
+    first, second, third = (trays.take() for _ in range(3))
+    work = Future()
+    trays.give_back(first, work)
+    trays.give_back(second)
+    assert trays.take() == second
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(trays.take()))
+    waiter.start()
+    waiter.join(0.2)
+    assert not found
+    work.set_result(None)
+    waiter.join(60)
+    assert found == [first] and third != first
+
+
+def test_the_memory_ends_with_its_users():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        trays = Trays(CROPS, 4, 3)
+        trays.arrays(trays.take())[0][...] = 1
+        trays.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # a mapping holds a descriptor until it is collected
