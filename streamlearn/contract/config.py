@@ -153,9 +153,7 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
-    buffer_bytes: int = Field(
-        default=2**28, ge=2**20
-    )  # of images that wait in memory for the ones before them; then nothing more is asked for
+    buffer_bytes: int = Field(default=2**28, ge=2**20)  # of images that wait in memory for the ones before them; then no more are asked for
     spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
@@ -242,7 +240,9 @@ class StreamConfig(Section):
     round_samples: int = Field(default=4096, ge=1)  # fresh samples in a round, at most (whole shards; at least one shard)
     workers: int = Field(default=2, ge=0)  # decode processes; 0: in the trainer's own process
     prefetch: int = Field(default=4, ge=1)  # batches ahead
-    cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
+    cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards; of all learners that share the folder together
+    prefetch_bytes: int = Field(default=2**30, ge=2**20)  # of shards fetched ahead of the batches that need them, within cache_bytes
+    downloads: int = Field(default=4, ge=1, le=32)  # of shards at once
     poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import decode
 from streamlearn.stream.worker import make
 from tests.stream.test_views import cut
-from tests.stream.world import CONFIG, World, take
+from tests.stream.world import CONFIG, World, first_spec, take
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_workers_and_device_distort_alike(world):
 def test_the_views_of_a_batch_are_the_draws_of_its_keys(world):
     """Made again by hand, one view at a time, from the bytes that the spec points to."""
     stream = world.stream()
-    item = next(i for i in stream._specs() if i is not None)
+    item = first_spec(stream)
     batch = take(world.stream(cache=world.home / "c1"), 1)[0]
     for b, place in enumerate(item.spec.places):
         with Path(place.path).open("rb") as f:
@@ -138,7 +138,8 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
 def test_in_its_place_stands_the_next_of_the_batch_seen_by_other_draws(tmp_path, spoilt):
     world = World(tmp_path)
     world.add(4, spoilt={spoilt})
-    item = next(i for i in world.stream(fresh_fraction=1.0)._specs() if i is not None)
+    stream = world.stream(fresh_fraction=1.0)
+    item = first_spec(stream)
     samples = [place.sample.index for place in item.spec.places]
     at, places = samples.index(spoilt), list(item.spec.places)
     places[at] = places[(at + 1) % 4]
@@ -191,8 +192,9 @@ def test_the_cache_stays_within_its_budget(world):
         world.add(6)
     one = max(p.stat().st_size for p in (world.store.root / "shards").rglob("*.tar"))
     stream = world.stream()
-    stream.cache.budget_bytes = 6 * one
+    stream.cache.copies.budget_bytes = 6 * one
     take(stream, 40)
+    stream.close()  # nothing more is on its way
     held = sum(p.stat().st_size for p in (world.home / "cache").glob("*.tar"))
     assert held == stream.counters()["cache_bytes"] <= 6 * one
 
