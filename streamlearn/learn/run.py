@@ -193,13 +193,13 @@ class Learner:
 
     def calibration(self, refs: list[str], size: int) -> Tensor | None:
         """The images; None where the learner is told to stop before it has them: the next start publishes."""
-        while not self.stop.is_set():
+        while True:
             try:
                 return self.stream.eval_images(refs, size)
             except Retryable:
                 self.recorder.waits(self.state)
-                self.stop.wait(1.0)  # the stream itself goes on trying, in its own time
-        return None
+                if self.stop.wait(1.0):  # the stream itself goes on trying, in its own time
+                    return None
 
     def export(self, weights: dict[str, Tensor], size: int) -> Export:
         state, config = self.state, self.config

@@ -93,7 +93,9 @@ class ShardCache:
         self._kept = frozenset[str]()  # digests that outstanding batches read
         self._states = dict[str, Copy | Lost | _Coming | _Later]()
         self._sizes = dict[str, int]()  # bytes, as far as known
-        self._pool, self._jobs, self._working = ThreadPoolExecutor(config.downloads, "shards"), list["Future[None]"](), 0
+        # one thread more is for copies that are here: they must not wait behind a store that is down
+        self._lanes = {False: config.downloads, True: 1}  # threads that are free to begin
+        self._pool, self._jobs = ThreadPoolExecutor(config.downloads + 1, "shards"), list["Future[None]"]()
 
     def foresee(self, wants: Sequence[Want], *, urgent: int, kept: Collection[str], force: bool) -> None:
         """What coming batches need, soonest first.
@@ -114,6 +116,10 @@ class ShardCache:
         """None: it is not here yet."""
         state = self._states.get(sha256)
         return state if isinstance(state, Copy | Lost) else None
+
+    def here(self, want: Want) -> bool:
+        """Whether it will be had without the store."""
+        return self.copies.has(want.sha256)
 
     def keep(self, digests: Collection[str]) -> bool:
         """Hold these for an outstanding batch; False if one of them is not here any more."""
@@ -182,8 +188,8 @@ class ShardCache:
 
     # -- who does what, under the lock ---------------------------------------------------------------------------------
 
-    def _next(self) -> Want | None:
-        """What is to be fetched now."""
+    def _next(self, here: bool) -> Want | None:
+        """What is to be fetched now; `here`: the first of what only has to be taken."""
         limit, ahead = min(self.config.prefetch_bytes, self.copies.budget_bytes), 0
         for sha256, want in self._wants.items():
             state, near = self._states.get(sha256), self._near[sha256]
@@ -191,7 +197,10 @@ class ShardCache:
                 if state.full:
                     return None
             elif state is None or isinstance(state, _Later):
-                return None if near and ahead and ahead + self._sizes.get(sha256, 0) > limit else want
+                if near and ahead and ahead + self._sizes.get(sha256, 0) > limit:
+                    return None
+                if not here or self.copies.has(sha256):
+                    return want
             if near and not isinstance(state, Lost):
                 ahead += self._sizes.get(sha256, 0)
         return None
@@ -201,9 +210,10 @@ class ShardCache:
         for job in [job for job in self._jobs if job.done()]:
             self._jobs.remove(job)
             job.result()
-        while not self._closed and self._working < self.config.downloads and self._next() is not None:
-            self._working += 1
-            self._jobs.append(self._pool.submit(self._work))
+        for here, free in self._lanes.items():
+            if not self._closed and free and self._next(here) is not None:
+                self._lanes[here] = 0
+                self._jobs += [self._pool.submit(self._work, here) for _ in range(free)]
 
     def _let_go(self, digests: Sequence[str]) -> None:
         held = [s for s in digests if isinstance(self._states.pop(s), Copy)]
@@ -212,18 +222,18 @@ class ShardCache:
 
     # -- in the threads ------------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _work(self, here: bool) -> None:
         try:
             while True:
                 with self._changed:
-                    want = None if self._closed else self._next()
+                    want = None if self._closed else self._next(here)
                     if want is None:
                         return
                     self._states[want.sha256] = _Coming()
                 self._bring(want)
         finally:
             with self._changed:
-                self._working -= 1
+                self._lanes[here] += 1
                 self._changes += 1
                 self._changed.notify_all()
 

@@ -91,6 +91,10 @@ class Copies:
             return 0
         return int(_BOOK.unpack(raw)[2]) if len(raw) == _BOOK.size else 0
 
+    def has(self, sha256: str) -> bool:
+        """Whether there is a copy, as far as can be said without the lock."""
+        return (self.folder / f"{sha256}.tar").exists()
+
     def take(self, sha256: str) -> Path | None:
         """This rank's own name of a copy; None if there is none."""
         own = self._own / f"{sha256}.tar"
@@ -129,14 +133,15 @@ class Copies:
                 return Refusal.HERE
             if self._others_download(sha256, book):
                 return Refusal.BUSY
-            over = book.bytes + size - self.budget_bytes
-            if over > 0 and self._evict(book, over, sha256, near) < over and not force:
+            self._shrink(book, self.budget_bytes - size, sha256, near)
+            if book.bytes + size > self.budget_bytes and not force:
                 return Refusal.FULL
-            part = self._own / f"{sha256}.part"
+            part, before = self._own / f"{sha256}.part", book.bytes
             try:
                 _reserve(part, size)
             except StoreFull:
-                if not self._evict(book, size, sha256, near):
+                self._shrink(book, before - size, sha256, near)
+                if book.bytes == before:
                     raise
                 _reserve(part, size)
             book.bytes += size
@@ -277,22 +282,23 @@ class Copies:
                 return True
         return False
 
-    def _evict(self, book: Book, least: int, sha256: str, near: Mapping[str, int]) -> int:
-        """Free so many bytes, or what there is, of what nobody uses and this rank does not need before `sha256`; how many were freed."""
-        self._bury(book)  # the dead use nothing
-        found, never, freed = list[tuple[int, int, int, Path]](), len(near) + 1, 0
+    def _shrink(self, book: Book, size: int, sha256: str, near: Mapping[str, int]) -> None:
+        """Evict until so many bytes are left, or nothing more of what nobody uses and this rank does not need before `sha256`."""
+        if book.bytes > size:
+            self._bury(book)  # the dead use nothing
+        if book.bytes <= size:
+            return
+        found, never = list[tuple[int, int, int, Path]](), len(near) + 1
         for path in self.folder.glob("*.tar"):
             at, needed = path.stat(), near.get(path.stem, never)
             if at.st_nlink == 1 and needed > near.get(sha256, 0):
                 found.append((-needed, at.st_ctime_ns, at.st_size, path))
-        for needed, _, size, path in sorted(found):
-            if freed >= least + (self.budget_bytes // SLACK if needed == -never else 0):
+        for needed, _, freed, path in sorted(found):
+            if book.bytes <= size - (self.budget_bytes // SLACK if needed == -never else 0):
                 break
             path.unlink()
-            freed += size
+            book.bytes -= freed
             self.evictions += 1
-        book.bytes -= freed
-        return freed
 
     def _files(self) -> Iterator[Path]:
         for pattern in ("*.tar", ".ranks/*/*.tar", ".ranks/*/*.part"):

@@ -186,7 +186,7 @@ class Stream:
                     return read_member(fd, copy.samples[at])
                 finally:
                     os.close(fd)
-            if why := self.waits.why():
+            if (why := self.waits.why()) and not self.cache.here(want):
                 raise why
             self.cache.wait(1.0)
 
