@@ -190,19 +190,19 @@ class ShardCache:
 
     def _next(self, here: bool) -> Want | None:
         """What is to be fetched now; `here`: the first of what only has to be taken."""
-        limit, ahead = min(self.config.prefetch_bytes, self.copies.budget_bytes), 0
+        limit, ahead, like = min(self.config.prefetch_bytes, self.copies.budget_bytes), 0, max(self._sizes.values(), default=0)
         for sha256, want in self._wants.items():
             state, near = self._states.get(sha256), self._near[sha256]
             if isinstance(state, _Later) and time.monotonic() < state.at:
                 if state.full:
                     return None
             elif state is None or isinstance(state, _Later):
-                if near and ahead and ahead + self._sizes.get(sha256, 0) > limit:
+                if near and ahead and ahead + self._sizes.get(sha256, like) > limit:
                     return None
                 if not here or self.copies.has(sha256):
                     return want
             if near and not isinstance(state, Lost):
-                ahead += self._sizes.get(sha256, 0)
+                ahead += self._sizes.get(sha256, like)
         return None
 
     def _staff(self) -> None:
@@ -353,15 +353,21 @@ class ShardCache:
             try:
                 result = call()
             except Retryable as e:
-                pause_s = self.waits.out(what, e)
-                with self._changed:
-                    self._changes += 1  # whoever waits for it is to know why
-                    self._changed.notify_all()
-                    if self._changed.wait_for(lambda: self._closed or want.sha256 not in self._near, pause_s):
-                        raise _Unwanted from e
+                self._pause(want, self.waits.out(what, e), e)
             else:
                 self.waits.over(what)
                 return result
+
+    def _pause(self, want: Want, seconds: float, e: Retryable) -> None:
+        end = time.monotonic() + seconds
+        with self._changed:
+            self._changes += 1  # whoever waits for it is to know why
+            self._changed.notify_all()
+            while (left := end - time.monotonic()) > 0:
+                # the interpreter waits for its threads before it ends: one second more, not for ever
+                if self._closed or want.sha256 not in self._near or not threading.main_thread().is_alive():
+                    raise _Unwanted from e
+                self._changed.wait(min(left, 1.0))
 
 
 def read_member(fd: int, sample: ShardSample) -> bytes:
