@@ -331,7 +331,6 @@ class Recorder:
         ):
             gauge.set(counters.get(name, 0))
         self.told = counters
-        m.waiting.set(self.stream.waiting()["waiting_s"])
         return counters
 
     def waits(self, state: TrainState) -> None:
@@ -353,6 +352,7 @@ class Recorder:
             "round": state.stream.get("round", 0),
         }
         known |= self.stream.waiting()
+        self.metrics.waiting.set(known["waiting_s"])
         if math.isfinite(self.rank):
             known["effective_rank"] = round(self.rank, 2)
         self.heart.beat(force=force, **known, **more)
