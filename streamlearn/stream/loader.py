@@ -115,31 +115,10 @@ class Stream:
                     said = time.perf_counter()
                     began = began if waiting else said
                 continue
-            item = self._queue[0]
-            assert item.work is not None
-            try:
-                sound = self.crew.collect(item.work)
-            except FileNotFoundError:  # another rank has purged a copy, or somebody has emptied the cache
-                self._look_at = 0.0
-                self.cache.recheck()
-                self._make_again(0)
-                continue
-            self._queue.popleft()
-            self.counts["corrupt"] += int((~sound).sum())
-            crops = self.crew.crops(item.work) if sound.any() else ()
-            self.crew.end(item.work)
-            if self._queue and (following := self._queue[0].work) is not None:
-                self.crew.copy_ahead(following)
-            if not crops:
-                self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
-                if self.ranks == 1:
-                    self.ahead.learnt = item.after
-                    continue
-                # other ranks' parts may be sound, and all must take the same number of steps
-                crops, sound = self._grey(), np.zeros(len(item.fresh), bool)
-            fresh, named = torch.from_numpy(item.fresh & sound), torch.from_numpy(item.named & sound)
-            yield Batch(crops, fresh, named, time.perf_counter() - began, partial(self.take, item, sound))
-            began = said = time.perf_counter()
+            batch = self._made(self._queue[0], began)
+            if batch is not None:
+                yield batch
+                began = said = time.perf_counter()
 
     def take(self, item: Outstanding, sound: Sound, features_BD: Tensor | None = None) -> dict[str, Any]:
         """`Batch.taken`: where the stream stands once this batch is learnt, for the checkpoint.
@@ -234,6 +213,32 @@ class Stream:
     def close(self) -> None:
         self.crew.close()
         self.cache.close()
+
+    def _made(self, item: Outstanding, began: float) -> Batch | None:
+        """The first batch of the queue, once it is made; None where it is to be made again, or passed over."""
+        assert item.work is not None
+        try:
+            sound = self.crew.collect(item.work)
+        except FileNotFoundError:  # another rank has purged a copy, or somebody has emptied the cache
+            self._look_at = 0.0
+            self.cache.recheck()
+            self._make_again(0)
+            return None
+        self._queue.popleft()
+        self.counts["corrupt"] += int((~sound).sum())
+        crops = self.crew.crops(item.work) if sound.any() else ()
+        self.crew.end(item.work)
+        if self._queue and (following := self._queue[0].work) is not None:
+            self.crew.copy_ahead(following)
+        if not crops:
+            self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
+            if self.ranks == 1:
+                self.ahead.learnt = item.after
+                return None
+            # other ranks' parts may be sound, and all must take the same number of steps
+            crops, sound = self._grey(), np.zeros(len(item.fresh), bool)
+        fresh, named = torch.from_numpy(item.fresh & sound), torch.from_numpy(item.named & sound)
+        return Batch(crops, fresh, named, time.perf_counter() - began, partial(self.take, item, sound))
 
     def _idle(self) -> bool:
         """Nothing is ready: wait a little.  False where that is because there is nothing to learn."""
