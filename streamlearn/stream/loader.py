@@ -243,7 +243,8 @@ class Stream:
     def _idle(self) -> bool:
         """Nothing is ready: wait a little.  False where that is because there is nothing to learn."""
         if self.ahead.lacks:
-            self.cache.wait(min(self.config.poll_s, 1.0))
+            if not self.ahead.must_look or time.monotonic() < self._look_not_before:
+                self.cache.wait(min(self.config.poll_s, 1.0))
         else:
             self.stop.wait(self.config.poll_s)
         return self.ahead.lacks
