@@ -42,8 +42,9 @@ def fetch(copies, name, near=None):
 
 
 def life(folder):
-    """All that a rank does: fetch, take, drop, evict, purge, find damage, leave."""
+    """All that a rank does: purge before it is one, fetch, take, drop, evict, purge, find damage, leave."""
     copies = Copies(folder, BUDGET)
+    copies.purge([shard("old")[0]], 0)
     assert copies.take(shard("there")[0])
     fetch(copies, "a")
     copies.drop([shard("a")[0]])
@@ -96,6 +97,8 @@ def main(folder):
         place = folder / str(deaths)
         witness = Copies(place, BUDGET)
         fetch(witness, "there")
+        fetch(witness, "old")
+        witness.drop([shard("old")[0]])
         killed = dying(place, deaths + 1)
         with contextlib.ExitStack() as stack:
             stack.callback(print, "killed at touch", deaths + 1, file=sys.stderr)

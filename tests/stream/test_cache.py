@@ -177,13 +177,24 @@ def test_no_more_is_fetched_ahead_than_is_asked_for(world):
 
 def test_a_shard_that_was_just_rewritten_is_not_lost(world, monkeypatch):
     monkeypatch.setattr(loader, "LOOK_S", 1000.0)  # it will not see it by itself
-    stream = world.stream(prefetch=1, prefetch_bytes=1, fresh_fraction=1.0)
-    drive(stream, 1)
-    world.add(3)
+    for _ in range(12):
+        world.add(5)
+    stream = world.stream(prefetch=1, prefetch_bytes=1, downloads=1, fresh_fraction=1.0, round_samples=1000)
+    found = drive(stream, 1)
     compact(world.store, world.catalog, folder=world.home / "rewriting", max_bytes=2**20)
     purge(world.store, world.catalog, grace=timedelta(0), at=FAR)
-    found = take(stream, 100)
-    assert stream.counters()["lost"] == stream.counters()["taken_down"] == 0 and sum(int(b.fresh.sum()) for b in found) > 15
+    found += take(stream, 20)
+    assert stream.counters()["lost"] == stream.counters()["taken_down"] == 0
+    assert sum(int(b.fresh.sum()) for b in found) == 84 == sum(len(b.fresh) for b in found)
+    stream.close()
+
+
+def test_the_shards_of_the_next_round_are_fetched_before_it_is_planned(world):
+    stream = world.stream(prefetch=1, fresh_fraction=1.0)
+    drive(stream, 1)
+    stream.ahead.foresee(stream._kept())
+    until(lambda: stream.counters()["downloads"] == len(ADDED))
+    assert stream.ahead.position.round == 0 and world.store.list("rounds/") == ["rounds/00000000.json"]
     stream.close()
 
 
