@@ -243,7 +243,7 @@ class ShardCache:
             state = self._settled(want)
         except (NotFound, Corrupt) as e:
             state = Lost(e, time.monotonic())
-        except _Unwanted:
+        except (_Unwanted, FileNotFoundError):  # purged, or somebody has emptied the folder
             state = None
         self.waits.gone(f"download {want.sha256}")
         with self._changed:
@@ -272,8 +272,6 @@ class ShardCache:
                 return _Later(time.monotonic() + pause, part is Refusal.FULL)
             try:
                 return self._download(want, part)
-            except FileNotFoundError:
-                raise _Unwanted from None  # purged
             except Corrupt:
                 if last:
                     raise
@@ -282,10 +280,7 @@ class ShardCache:
         raise AssertionError("the last try returns or raises")
 
     def _known(self, want: Want, path: Path) -> Copy:
-        try:
-            samples, size = index_shard(path), path.stat().st_size
-        except FileNotFoundError:
-            raise _Unwanted from None  # purged
+        samples, size = index_shard(path), path.stat().st_size
         with self._changed:
             self._sizes[want.sha256] = size
             self._counts["cache_hits"] += 1

@@ -34,7 +34,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from io import FileIO
@@ -271,7 +271,8 @@ class Copies:
         """Clear up after ranks that died; whether there were any."""
         dead = [rank for rank in self._ranks.iterdir() if not (rank == self._own and self._alive) and not _lives(rank)]
         for rank in dead:
-            shutil.rmtree(rank)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(rank)
         if dead:
             book.bytes = self._count()
         return bool(dead)
@@ -308,8 +309,9 @@ class Copies:
         """Bytes of all files, each once."""
         found = dict[int, int]()
         for path in self._files():
-            at = path.stat()
-            found[at.st_ino] = at.st_size
+            with suppress(FileNotFoundError):  # somebody empties the folder
+                at = path.stat()
+                found[at.st_ino] = at.st_size
         return sum(found.values())
 
 
