@@ -17,10 +17,12 @@ batch mates, on who was given the room, or on the device.  On a CPU torch's own 
 Shapes: V views, B images, N rows (views of images), S the side of a view in px, T taps, H the height of the highest box.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from streamlearn.stream.views import Ints
 
 OFFSET, WIDTH, LEFT, TOP, RIGHT, BOTTOM = range(6)  # where a view lies: first byte of its image, px in a row of that; the box in px
 COLUMNS = 6
-WORKED_ON = 2**22  # px of the first pass at once: 250 MB
+WORKED_ON = 2**22  # px of the first pass at once: 80 MB, and as much for rounding
 _ALIGNED = 64  # bytes: images begin with a cache line
 _BITS = 22  # after the point, at most: a sum of 255 times the weights fits into 32
 
@@ -113,9 +115,10 @@ def all_at_once(memory: Tensor, table_N6: Ints, side: int) -> Tensor:
         sorted_N7 = sorted_N7.pin_memory()
     sorted_N7 = sorted_N7.to(memory.device, non_blocking=True)
     out = torch.empty(len(order), side, side, 3, dtype=torch.uint8, device=memory.device)
+    padded = F.pad(memory, (0, 3 * int(boxes_N2[:, 0].max())))  # a line as wide as the widest box may begin with any byte of the pile
     for part in _parts(boxes_N2[order, 1], side):
         width, height = (int(length) for length in boxes_N2[order[part]].max(axis=0))
-        out[sorted_N7[part, COLUMNS]] = _part(memory, sorted_N7[part], side, width, height)
+        out[sorted_N7[part, COLUMNS]] = _part(padded, sorted_N7[part], side, width, height)
     return out
 
 
@@ -129,25 +132,27 @@ def _parts(heights_N: NDArray[np.int64], side: int) -> list[slice]:
     return parts
 
 
-def _part(memory: Tensor, rows_N7: Tensor, side: int, width: int, height: int) -> Tensor:
+def _part(padded: Tensor, rows_N7: Tensor, side: int, width: int, height: int) -> Tensor:
     """(N,S,S,3) uint8 of rows whose boxes are at most so large."""
+    N, device = len(rows_N7), padded.device
     offset, across, left, top, right, bottom, _ = rows_N7.unsqueeze(2).unbind(1)  # (N,1) each
-    pixels_M3 = memory.as_strided((len(memory) - 2, 3), (1, 1))  # the px that begins with any byte
+    last_x, last_y = right - left - 1, bottom - top - 1
+    lines_MWC = padded.as_strided((len(padded) - 3 * width, width, 3), (1, 3, 1))  # overlapping: one that begins with each byte
     first_NS, weights_NST, shift_N1 = _filter(right - left, side, width)
-    y_NH = torch.arange(height, device=memory.device).expand(len(rows_N7), -1).minimum(bottom - top - 1)
-    starts_NH = offset + 3 * across * (top + y_NH)
-    sum_NHSC = torch.zeros(len(rows_N7), height, side, 3, dtype=torch.int32, device=memory.device)
+    y_NH = torch.arange(height, device=device).expand(N, -1).minimum(last_y)
+    starts_NH1 = (offset + 3 * (across * (top + y_NH) + left))[:, :, None]
+    sum_NHSC = torch.zeros(N, height, side, 3, dtype=torch.int32, device=device)
     for tap in range(weights_NST.shape[2]):
-        x_NS = left + (first_NS + tap).minimum(right - left - 1)  # beyond the box the weight is 0
-        sum_NHSC += pixels_M3[starts_NH[:, :, None] + 3 * x_NS[:, None]] * weights_NST[:, None, :, tap, None]
+        x_N1S = (first_NS + tap).minimum(last_x)[:, None]  # beyond the box the weight is 0
+        sum_NHSC.addcmul_(lines_MWC[starts_NH1, x_N1S], weights_NST[:, None, :, tap, None])
     lines_NHSC = _bytes(sum_NHSC, shift_N1)
 
     first_NS, weights_NST, shift_N1 = _filter(bottom - top, side, height)
-    row_N1 = torch.arange(len(rows_N7), device=memory.device)[:, None]
-    sum_NSSC = torch.zeros(len(rows_N7), side, side, 3, dtype=torch.int32, device=memory.device)
+    row_N1 = torch.arange(N, device=device)[:, None]
+    sum_NSSC = torch.zeros(N, side, side, 3, dtype=torch.int32, device=device)
     for tap in range(weights_NST.shape[2]):
-        y_NS = (first_NS + tap).minimum(bottom - top - 1)
-        sum_NSSC += lines_NHSC[row_N1, y_NS] * weights_NST[:, :, None, tap, None]
+        y_NS = (first_NS + tap).minimum(last_y)
+        sum_NSSC.addcmul_(lines_NHSC[row_N1, y_NS], weights_NST[:, :, None, tap, None])
     return _bytes(sum_NSSC, shift_N1)
 
 
@@ -157,9 +162,10 @@ def _filter(length_N1: Tensor, side: int, longest: int) -> tuple[Tensor, Tensor,
     Step for step what ATen's UpSampleKernel.cpp does for bytes (_compute_indices_min_size_weights_aa, compute_index_ranges_int16_weights).
     """
     device = length_N1.device
-    scale_N1 = length_N1.double() / side
+    # by a tensor: a GPU divides by a number by multiplying with its inverse, which is rounded otherwise
+    scale_N1 = length_N1.double() / torch.full_like(length_N1, side)
     reach_N1, shrink_N1 = scale_N1.clamp(min=1), 1 / scale_N1.clamp(min=1)
-    taps = 2 * int(np.ceil(np.float32(max(1.0, longest / side)))) + 1
+    taps = math.ceil(2 * max(1.0, longest / side))
     centre_NS = scale_N1 * (torch.arange(side, device=device, dtype=torch.float64) + 0.5)
     first_NS = (centre_NS - reach_N1 + 0.5).long().clamp(min=0)
     count_NS = (centre_NS + reach_N1 + 0.5).long().minimum(length_N1) - first_NS
@@ -170,9 +176,9 @@ def _filter(length_N1: Tensor, side: int, longest: int) -> tuple[Tensor, Tensor,
     for tap in range(taps):  # in this order: a sum that is rounded otherwise could round a weight otherwise
         total_NS = total_NS + weights_NST[..., tap]
     weights_NST = weights_NST / total_NS[..., None]
-    powers = 2.0 ** torch.arange(1, _BITS + 1, device=device, dtype=torch.float64)
+    powers = 1 << torch.arange(1, _BITS + 1, device=device)
     shift_N1 = (weights_NST.amax((1, 2))[:, None] * powers + 0.5 < 2**15).sum(1, keepdim=True)
-    return first_NS, (weights_NST * (2.0**shift_N1.double())[..., None] + 0.5).int(), shift_N1.int()
+    return first_NS, (weights_NST * (1 << shift_N1)[..., None] + 0.5).int(), shift_N1.int()
 
 
 def _bytes(sum_NHSC: Tensor, shift_N1: Tensor) -> Tensor:
