@@ -175,6 +175,13 @@ def test_an_image_is_on_the_pile_whole_if_there_is_room_and_else_its_crops_are(t
     assert offsets[0] == [0] * 3 and len(set(offsets[1])) == 3 and offsets[2][0] >= 40 * 30 * 3
 
 
+def test_a_large_image_takes_the_room_of_the_scale_that_it_is_decoded_at(tmp_path):
+    spec = batch(tmp_path, [picture(0, size=(700, 600))])
+    pile = pile_for(1, 3 * 350 * 300)
+    make(CONFIG, spec, pile, paint=False)
+    assert pile.table_VB6[:, 0, WIDTH].max() in (350, 175, 88) and pile.table_VB6[:, 0, OFFSET].tolist() == [0, 0, 0]
+
+
 def test_images_that_would_fill_the_pile_leave_room_for_the_crops_of_all_others(tmp_path):
     spec = batch(tmp_path, [picture(n, size=(40, 40)) for n in range(12)])
     pile = pile_for(12, 0)
