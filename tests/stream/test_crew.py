@@ -76,16 +76,16 @@ def death_to(crew, condemned):
         reaper.join(60)
 
 
-@pytest.mark.parametrize("place", [0, 1])  # the oldest work, and one behind it
-def test_a_picture_that_kills_whoever_decodes_it_is_replaced_and_the_others_are_made(tmp_path, place):
+@pytest.mark.parametrize(("place", "augment"), [(0, "workers"), (1, "device")])  # the oldest work, and one behind it
+def test_a_picture_that_kills_whoever_decodes_it_is_replaced_and_the_others_are_made(tmp_path, place, augment):
     deadly = 2
     specs = [plain(tmp_path, n) for n in range(3)]
     bodies = [picture(10 * place + i) for i in range(B)]
     bodies[deadly] = picture(7, size=(5000, 5000))  # long enough to be caught in the act
     specs[place] = spec(tmp_path, place, bodies)
-    sound = crew_of(0)
+    sound = crew_of(0, augment=augment)
     wanted = [taken(sound, sound.begin(s)) for s in specs]
-    crew = crew_of(2)
+    crew = crew_of(2, augment=augment)
     works = [crew.begin(s) for s in specs]
 
     def at_it():
@@ -163,7 +163,7 @@ def test_without_the_libraries_that_opencv_loads_the_remedy_is_said(tmp_path, au
         "import logging, torch; from streamlearn.stream.crew import Crew; from tests.stream.world import CONFIG\n"
         "logging.basicConfig()\n"
         f"crew = Crew(CONFIG.model_copy(update={{'augment': {augment!r}}}), batch=2, device=torch.device('cpu'))\n"
-        "assert not crew.paint\n"
+        "assert not crew.paint and crew._trays.take().shapes[0] == (2, 2, 16, 16, 3)  # crops are still left to the workers\n"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.getcwd()))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
