@@ -53,6 +53,7 @@ class Refusal(Enum):
     HERE = "somebody has published it meanwhile"
     BUSY = "another rank downloads it"
     FULL = "nothing can be evicted for it"
+    LEFT = "this rank has been closed"
     STALE = "another rank has heeded a newer catalog: look first"
 
 
@@ -73,6 +74,7 @@ class Copies:
         self._threads = threading.Lock()  # flock knows processes only
         self._book: FileIO | None = None
         self._alive: FileIO | None = None
+        self._left = False
         self._doubtful = set[str]()  # digests of copies that are not verified yet
 
     @property
@@ -99,6 +101,8 @@ class Copies:
         """This rank's own name of a copy; None if there is none."""
         own = self._own / f"{sha256}.tar"
         with self._locked():
+            if self._left:
+                return None
             if not own.exists():
                 try:
                     own.hardlink_to(self.folder / own.name)
@@ -127,6 +131,8 @@ class Copies:
         catalog that this rank has heeded.  `force`: over the budget rather than not at all.
         """
         with self._locked() as book:
+            if self._left:
+                return Refusal.LEFT
             if book.heeded > heeded:
                 return Refusal.STALE
             if (self.folder / f"{sha256}.tar").exists():
@@ -200,8 +206,9 @@ class Copies:
             book.bytes = self._count()
 
     def close(self) -> None:
-        """Leave: nothing is in use by this rank any more.  A later call makes it a rank again."""
+        """Leave, for good: nothing is in use by this rank any more, and a thread of it that is still at work begins with nothing new."""
         with self._threads:
+            self._left = True
             for file in (self._alive, self._book):
                 if file is not None:
                     file.close()
@@ -226,7 +233,7 @@ class Copies:
                 settled, size, heeded = _BOOK.unpack(raw) if len(raw) == _BOOK.size else (0, 0, 0)
                 book = Book(size if settled else self._count(), heeded)
                 self._write(0, book)
-                if join and (self._alive is None or not os.fstat(self._alive.fileno()).st_nlink):
+                if join and not self._left and (self._alive is None or not os.fstat(self._alive.fileno()).st_nlink):
                     self._join(book)
                 yield book
                 self._write(1, book)

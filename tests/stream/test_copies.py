@@ -102,6 +102,16 @@ def test_a_copy_that_lay_there_is_read_before_it_is_believed(tmp_path):
     assert fetch(after, "a").read_bytes() == shard("a")[1] and after.sound(DIGEST["a"], after.take(DIGEST["a"]))
 
 
+def test_a_rank_that_has_left_begins_with_nothing_new(two):
+    a, b = two
+    fetch(a, "a")
+    claim(a, "b")
+    a.close()
+    assert claim(a, "c") is Refusal.LEFT and a.take(DIGEST["a"]) is None and finish_if_there(a, "b") is None
+    assert b.take(DIGEST["a"]) and claim(b, "b").exists() and b.bytes == 2 * SIZE
+    assert [path.name for path in (b.folder / ".ranks").iterdir()] == [b._id]
+
+
 def test_an_emptied_folder_is_made_anew(two):
     a, b = two
     fetch(a, "a")
