@@ -166,9 +166,7 @@ class FetchConfig(Section):
     user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
     robots: bool = True  # obey robots.txt (RFC 9309), by the product token: user_agent up to its "/"
-    robots_ttl_s: float = Field(
-        default=86400.0, gt=0
-    )  # a robots.txt is kept so long, or as its max-age says if that is shorter (not under 1 h)
+    robots_ttl_s: float = Field(default=86400.0, gt=0)  # a robots.txt is kept so long, or as its max-age says if shorter (not under 1 h)
     robots_retry_s: float = Field(default=600.0, gt=0)  # until a robots.txt that could not be had (5xx, no answer) is asked for again
     robots_entries: int = Field(default=4096, ge=1)  # origins whose rules are kept; the least lately used goes
     max_crawl_delay_s: float = Field(default=60.0, ge=0)  # a host that asks for more is left alone: refused, not queued for ever

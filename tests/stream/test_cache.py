@@ -98,14 +98,14 @@ def test_a_store_that_is_down_for_a_while_changes_no_batch(world, whole, workers
 
 
 def test_down_from_the_start_it_is_waited_for(world, whole):
-    stream = world.stream()
+    stream, before = world.stream(), []
     world.store.down = True
 
     def back(found):
-        assert not found and world.store.failed.is_set()
+        before.append(len(found))
         world.store.down = False
 
-    assert same(drive(stream, len(whole), back), whole)
+    assert same(drive(stream, len(whole), back), whole) and before[0] == 0 and world.store.failed.is_set()
 
 
 def test_what_is_here_is_taken_though_every_download_waits(world):
