@@ -32,7 +32,7 @@ class StreamConfig(Section):
     )
     jitter: float = Field(default=1.0, ge=0)  # colour distortion strength s: .8s .8s .8s .2s, p = 0.8, gray p = 0.2
     augment: Literal["auto", "workers", "device"] = "auto"  # who crops, flips, colours and blurs; auto: the device if that is not the CPU
-    decoded_bytes: int = Field(default=2**21, ge=0)  # of an image, on the average, for a device to crop; what is larger the workers crop
+    decoded_bytes: int = Field(default=2**21, ge=0)  # of an image, on average, that a device crops; beyond it the workers do
     blur: Fraction = 0.5  # probability of Gaussian blur, sigma 0.1-2.0 px
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels, RGB in 0-1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
