@@ -68,6 +68,8 @@ def learn(home: Path, samples: int) -> None:
     checkpoints = Checkpoints(store, keep=2)
     saved = checkpoints.load() or {"fresh": torch.zeros(samples, dtype=torch.int64), "batches": 0, "stream": None}
     fresh, taken = saved["fresh"], saved["batches"]
+    if int(fresh.sum()) >= samples:
+        return  # it was killed between its last checkpoint and its end
     stream = Stream(CONFIG, catalog, store, home / "cache", batch=BATCH, state=saved["stream"], stop=threading.Event())
     state = saved
     try:
