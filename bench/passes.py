@@ -97,8 +97,8 @@ def drive(home: Path, samples: int, kills: int, seed: int, limit_s: float) -> in
     command = [sys.executable, "-m", "bench.passes", "--home", str(home), "--samples", str(samples), "--learn"]
     shown = 0
     while time.monotonic() < deadline:
-        # images come as learning goes on, so that the last kill finds work too
-        published = min(samples, -(-samples * (killed + 1) // max(1, kills) // A_SHARD) * A_SHARD)
+        # images come as learning goes on, and the last of them after the last kill: until then it cannot end by itself
+        published = min(samples, -(-samples * (killed + 1) // (kills + 1) // A_SHARD) * A_SHARD)
         if published > shown:
             publish(home, [coloured(n) for n in range(shown, published)], "png", A_SHARD, start=shown)
             shown = published
