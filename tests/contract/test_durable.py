@@ -11,19 +11,13 @@ import pytest
 from streamlearn.contract import durable
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.status import Heartbeat, read_status
-from tests.conftest import missing
+from tests.conftest import small_disk
 
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A real file system of 256 KiB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        missing(f"cannot mount a small tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "tiny", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_a_fault_that_passes_and_leaves_no_litter(tiny_disk):

@@ -1,5 +1,6 @@
 """Copies in a folder that ranks share: downloaded once, never evicted in use, purged at once, and no death stands in anyone's way."""
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from streamlearn.contract.errors import StoreFull
 from streamlearn.stream.copies import Copies, Refusal
-from tests.conftest import REPO, missing
+from tests.conftest import REPO, small_disk
 from tests.stream.dying import BUDGET, SIZE, fetch, shard
 
 NAMES = "abcdef"
@@ -121,13 +122,7 @@ def test_an_emptied_folder_is_made_anew(two):
 
 
 def test_a_full_disk_costs_what_nobody_reads_and_then_is_said(tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        missing(f"cannot mount a small tmpfs: {done.stderr.strip()}")
-    try:
-        copies = Copies(folder / "cache", 2**30)
+    with small_disk(tmp_path / "tiny", "64k") as folder, contextlib.closing(Copies(folder / "cache", 2**30)) as copies:
         fetch(copies, "a")
         copies.drop([DIGEST["a"]])
         with pytest.raises(OSError, match="space"), (folder / "ballast").open("wb", buffering=0) as f:
@@ -140,9 +135,6 @@ def test_a_full_disk_costs_what_nobody_reads_and_then_is_said(tmp_path):
         assert copies.bytes == SIZE
         (folder / "ballast").unlink()
         assert fetch(copies, "c").exists()
-    finally:
-        copies.close()
-        subprocess.run(["umount", folder], check=True)
 
 
 class Crowd:

@@ -103,6 +103,18 @@ def test_a_picture_that_kills_whoever_decodes_it_is_replaced_and_the_others_are_
         assert all(torch.equal(a[:, kept], b[:, kept]) for a, b in zip(crops, reference, strict=True))
 
 
+def test_a_worker_that_was_killed_over_a_picture_by_chance_costs_no_picture(tmp_path):
+    """As by the kernel for want of memory: three deaths, the last of them at work alone, are no proof."""
+    bodies = [picture(i) for i in range(B)]
+    bodies[2] = picture(7, size=(5000, 5000))
+    crew = crew_of(1)
+    work = crew.begin(spec(tmp_path, 0, bodies))
+    with death_to(crew, lambda: crew.deaths < 3 and int(crew._trays.at(work.tray)[0]) == 2):
+        sound, _ = taken(crew, work)
+    crew.close()
+    assert crew.deaths == 3 and sound == [True] * B and not work.spec.deadly
+
+
 def test_workers_that_are_killed_whatever_they_do_end_the_role_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(crews, "DEATHS_IN_A_ROW", 3)
     crew = crew_of(1)
