@@ -153,9 +153,7 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
-    buffer_bytes: int = Field(
-        default=2**28, ge=2**20
-    )  # of images that wait in memory for the ones before them; then nothing more is asked for
+    buffer_bytes: int = Field(default=2**28, ge=2**20)  # of images that wait in memory for those before them; then no more is asked for
     spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
@@ -166,9 +164,7 @@ class FetchConfig(Section):
     user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
     robots: bool = True  # obey robots.txt (RFC 9309), by the product token: user_agent up to its "/"
-    robots_ttl_s: float = Field(
-        default=86400.0, gt=0
-    )  # a robots.txt is kept so long, or as its max-age says if that is shorter (not under 1 h)
+    robots_ttl_s: float = Field(default=86400.0, gt=0)  # a robots.txt is kept so long, or as its max-age says if shorter (not under 1 h)
     robots_retry_s: float = Field(default=600.0, gt=0)  # until a robots.txt that could not be had (5xx, no answer) is asked for again
     robots_entries: int = Field(default=4096, ge=1)  # origins whose rules are kept; the least lately used goes
     max_crawl_delay_s: float = Field(default=60.0, ge=0)  # a host that asks for more is left alone: refused, not queued for ever
@@ -303,6 +299,8 @@ class TrainConfig(Section):
     """The learner."""
 
     seed: int = 0  # of the initial weights
+    init: str = ""  # a file of weights, such as a public SEER checkpoint, or a tag of this home's registry; empty: random weights
+    init_parts: Literal["trunk", "all"] = "trunk"  # of that file; all: projection head and prototypes too
     batch: int = Field(default=64, ge=2)  # images in a step
     threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
     device: str = "cpu"  # as torch names it
@@ -316,6 +314,8 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
     max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
     name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
+    license: str = Field(default="Apache-2.0", min_length=1)  # of the published weights, as SPDX has it; likewise
+    source: str = ""  # URL of the code, likewise; empty: not said
 
 
 class BankConfig(Section):
