@@ -230,7 +230,8 @@ def _program(source: Source) -> torch.export.ExportedProgram:
     """The trunk as a graph, whose batch, height and width are free."""
     free_BHW = {0: torch.export.Dim("batch"), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     example = torch.zeros(2, 3, source.size, source.size)  # two: a batch of one would be taken for a constant
-    return torch.export.export(source.trunk(), (example,), dynamic_shapes=(free_BHW,))
+    trunk = source.trunk().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch.export.save doubts other strides
+    return torch.export.export(trunk, (example,), dynamic_shapes=(free_BHW,))
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

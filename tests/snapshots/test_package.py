@@ -23,7 +23,8 @@ EVERYTHING = dict(
 
 def large(step=120_000, **more):
     """One that timm has."""
-    return export(step, weights=seeded(build("regnety-200mf")).state_dict(), backbone="regnety-200mf", stem="imagenet", size=224, **more)
+    fields = dict(weights=seeded(build("regnety-200mf")).state_dict(), backbone="regnety-200mf", stem="imagenet", size=224)
+    return export(step, **fields | more)
 
 
 def digest(bytes_):
