@@ -28,7 +28,7 @@ from streamlearn.learn.ema import calibrated
 from streamlearn.learn.losses import effective_rank
 from streamlearn.learn.state import TrainState, fresh_state
 from streamlearn.learn.trainer import Batch, Step, train
-from streamlearn.learn.warm import warm_start
+from streamlearn.learn.warm import told, warm_start
 
 RECORD_EVERY = 10  # steps between lines of history
 RANK_EVERY = 50  # steps between looks at the effective rank
@@ -97,9 +97,9 @@ def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm:
     if saved is None:
         logger.info("starting at step 0")
         if warm is not None:
-            told = warm_start(state, config, warm())
-            logger.info("warm start: %s", told)
-            heartbeat.history(event="warm_start", step=0, **told)
+            taken = warm_start(state, config, warm())
+            logger.info("warm start: %s", taken)
+            heartbeat.history(event="warm_start", step=0, **taken)
         return state
     try:
         state.load_state_dict(saved)
@@ -222,7 +222,7 @@ class Learner:
             config_digest=config.digest,
             license=config.train.license,
             source=config.train.source,
-            notes={"init": "{source} ({digest}, {layout}: {parts})".format_map(state.origin)} if state.origin else {},
+            notes={"init": told(state.origin)} if state.origin else {},
         )
 
     @torch.no_grad()

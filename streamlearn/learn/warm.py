@@ -5,6 +5,7 @@ Optimizer, queue, learning rate and counters begin as ever.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,11 @@ def warm_start(state: TrainState, config: Config, warm: WarmStart) -> dict[str, 
     beside = [part for part, there in (("head", warm.head), ("prototypes", warm.prototypes is not None)) if there and part not in taken]
     state.origin = {"source": warm.source, "digest": warm.digest, "layout": warm.layout, "parts": taken}
     return state.origin | {"tensors": sum(len(found) for _, found, _ in parts), "not_taken": [*beside, *warm.left]}
+
+
+def told(origin: Mapping[str, Any]) -> str:
+    """One line of it, for the annotations and cards of all snapshots of the run."""
+    return f"{origin['source']} ({origin['digest']}, {origin['layout']}: {'+'.join(origin['parts'])})"
 
 
 def headed(head: nn.Module, warm: WarmStart) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ def backbone_of(found: Mapping[str, Tensor]) -> str:
         if stage[:1] != "s" or not stage[1:].isdigit():
             continue
         depths[int(stage[1:])] = max(depths.get(int(stage[1:]), 0), int(rest.split(".")[0][1:]))
-        if rest.endswith("f.b.weight"):
+        if rest.endswith("f.b.weight") and tensor.dim() == 4:
             widths[int(stage[1:])], groups[int(stage[1:])] = tensor.shape[0], tensor.shape[1]
     seen = tuple(tuple(of[stage] for stage in sorted(of)) for of in (depths, widths, groups))
     matching = (name for name, s in REGNETY.items() if (s.depths, s.widths, s.group_widths) == seen)

@@ -1,6 +1,6 @@
 """Run by test_frameworks.py in an environment that has timm and transformers and nothing of ours.  Prints what it found, as JSON.
 
-    python in_frameworks.py FOLDER      with FOLDER/{timm,vissl}, as exported, and images.pt, features.pt, trunks.json
+python in_frameworks.py FOLDER      with FOLDER/{timm,vissl}, as exported, and images.pt, features.pt, trunks.json
 """
 
 import json

@@ -24,7 +24,9 @@ from streamlearn.snapshots.trunk import load_trunk
 from tests.snapshots.test_package import large
 
 PYTHON = os.environ.get("STREAMLEARN_FRAMEWORKS", "")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="STREAMLEARN_FRAMEWORKS is not set to the python of an environment with timm and transformers")
+pytestmark = pytest.mark.skipif(
+    not PYTHON, reason="STREAMLEARN_FRAMEWORKS is not set to the python of an environment with timm and transformers"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,13 @@ def test_transformers_takes_every_tensor_and_misses_none(found):
 
 
 def test_timm_prepares_images_as_the_probes_do(found):
-    assert found["data"] == {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.2] * 3, "crop_pct": 0.875, "interpolation": "bilinear"}
+    assert found["data"] == {
+        "input_size": [3, 224, 224],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+    }
 
 
 @pytest.mark.parametrize("backbone", TIMM)

@@ -4,6 +4,7 @@
 classy_vision/models/anynet.py, and the SwAV head of vissl/models/heads/swav_prototypes_head.py.
 """
 
+import itertools
 import math
 
 import torch
@@ -154,7 +155,7 @@ class VisslHead(nn.Module):
     def __init__(self, dims, prototypes, use_bn):
         super().__init__()
         layers = []
-        for w_in, w_out in zip(dims[:-2], dims[1:-1], strict=True):
+        for w_in, w_out in itertools.pairwise(dims[:-1]):
             layers += [nn.Linear(w_in, w_out), *([nn.BatchNorm1d(w_out)] if use_bn else []), nn.ReLU()]
         self.projection_head = nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
         self.prototypes0 = nn.Linear(dims[-1], prototypes, bias=False)
@@ -169,7 +170,10 @@ def seeded(module, seed=0):
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (0.2 if tensor.dim() == 4 else 1.0) + (0.5 if tensor.dim() < 2 else -0.1))
+                tensor.copy_(
+                    torch.rand(tensor.shape, generator=generator) * (0.2 if tensor.dim() == 4 else 1.0)
+                    + (0.5 if tensor.dim() < 2 else -0.1)
+                )
             else:
                 tensor.fill_(100 + len(name))
     return module.eval().to(memory_format=torch.channels_last)
@@ -179,5 +183,20 @@ def vissl_checkpoint(trunk, head=None):
     """As VISSL writes one at the end of a phase: the optimizer, meters and counters of its task beside the model."""
     heads = {} if head is None else {f"0.{name}": tensor for name, tensor in head.state_dict().items()}
     model = {"trunk": dict(trunk.state_dict()), "heads": heads}
-    task = {"train": True, "base_model": {"model": model, "meta": {}}, "meters": [], "optimizer": {"state": {}, "param_groups": []}, "num_updates": 7, "phase_idx": 1}
-    return {"phase_idx": 1, "iteration": 244_000, "loss": {}, "iteration_num": 7, "train_phase_idx": 1, "classy_state_dict": task, "type": "consolidated"}
+    task = {
+        "train": True,
+        "base_model": {"model": model, "meta": {}},
+        "meters": [],
+        "optimizer": {"state": {}, "param_groups": []},
+        "num_updates": 7,
+        "phase_idx": 1,
+    }
+    return {
+        "phase_idx": 1,
+        "iteration": 244_000,
+        "loss": {},
+        "iteration_num": 7,
+        "train_phase_idx": 1,
+        "classy_state_dict": task,
+        "type": "consolidated",
+    }

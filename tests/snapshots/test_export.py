@@ -32,7 +32,15 @@ def registry(tmp_path_factory):
     _, digest = publish(registry, large(3))
     registry.tag(digest, "stable")
     publish(registry, small(5, weights=seeded(build("regnety-tiny", "cifar")).state_dict()))
-    result = {"bank": "birds", "bank_digest": "sha256:b", "protocol": "knn-k20/1", "knn": 0.51234, "raw_knn": 0.25, "random_knn": 0.3, "ridge": 0.6}
+    result = {
+        "bank": "birds",
+        "bank_digest": "sha256:b",
+        "protocol": "knn-k20/1",
+        "knn": 0.51234,
+        "raw_knn": 0.25,
+        "random_knn": 0.3,
+        "ridge": 0.6,
+    }
     record_result(registry, digest, result)
     return registry
 
@@ -159,7 +167,11 @@ def test_the_card_of_a_copy_has_the_probes_and_its_own_way_to_load_it(registry, 
     for to in ("timm", "pycls"):
         folder, _ = export(registry, "stable", tmp_path / to, to)
         card = (folder / "README.md").read_text()
-        assert "| birds | knn-k20/1 | 0.5123 | 0.2500 | 0.3000 | 0.6000 |" in card and "Not known" not in card and f"library_name: {to}" in card
+        assert (
+            "| birds | knn-k20/1 | 0.5123 | 0.2500 | 0.3000 | 0.6000 |" in card
+            and "Not known" not in card
+            and f"library_name: {to}" in card
+        )
         assert ("builders.build_model()" in card) == (to == "pycls") and card.count("## Load it") == 1
     export(registry, "candidate", tmp_path / "plain", "pycls")
     assert "Not known when this card was written" in (tmp_path / "plain" / "README.md").read_text()
@@ -218,7 +230,10 @@ def test_the_command_writes_says_what_and_says_what_to_type_next(registry, tmp_p
     with CliRunner().isolated_filesystem(tmp_path):
         done = CliRunner().invoke(cli, ["snapshots", "export", "stable", "--to", "vissl", "--home", str(registry.root.parent)])
         assert done.exit_code == 0, done.output
-        assert "test-0.3.0-vissl/model.torch  (1" in done.output and 'torch.load("test-0.3.0-vissl/model.torch", weights_only=True)' in done.output
+        assert (
+            "test-0.3.0-vissl/model.torch  (1" in done.output
+            and 'torch.load("test-0.3.0-vissl/model.torch", weights_only=True)' in done.output
+        )
         again = CliRunner().invoke(cli, ["snapshots", "export", "stable", "--to", "vissl", "--home", str(registry.root.parent)])
         assert isinstance(again.exception, ConfigError) and "--force" in str(again.exception)
     from streamlearn.cli.snapshots import FORMATS as offered

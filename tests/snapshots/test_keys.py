@@ -26,14 +26,29 @@ def test_every_name_of_others_is_recognised_whatever_wraps_it(backbone):
     others = [ours, built(Timm, backbone), built(Vissl, backbone), built(Vissl, backbone, 2)]
     without = {name.removeprefix("_feature_blocks.") for name in others[2]}  # VISSL's own converter takes it off
     classy = {name.replace("conv1.", "stem.", 1).replace("res2.", "trunk_output.block1.", 1) for name in without}
-    for whose, names in [("pycls", others[0]), ("timm", others[1]), ("vissl", others[2]), ("vissl", others[3]), ("vissl", without), ("vissl", classy)]:
+    for whose, names in [
+        ("pycls", others[0]),
+        ("timm", others[1]),
+        ("vissl", others[2]),
+        ("vissl", others[3]),
+        ("vissl", without),
+        ("vissl", classy),
+    ]:
         for wrap in ("", "module.", "trunk.", "module.trunk.base_model.", "_fpw_module."):
             found = [keys.recognised(wrap + name) for name in names]
             assert {name for name, _ in found} == ours and {who for _, who in found} - {""} == {whose}
 
 
 def test_what_is_not_of_a_trunk_is_not_recognised():
-    for name in ["head.fc.weight", "fc.weight", "s1.b1.f.d.weight", "layer1.0.conv1.weight", "heads.0.prototypes0.weight", "s1.b1.conv1.weight", ""]:
+    for name in [
+        "head.fc.weight",
+        "fc.weight",
+        "s1.b1.f.d.weight",
+        "layer1.0.conv1.weight",
+        "heads.0.prototypes0.weight",
+        "s1.b1.conv1.weight",
+        "",
+    ]:
         assert keys.recognised(name) is None
     for to in (keys.to_timm, keys.to_vissl):
         with pytest.raises(KeyError):

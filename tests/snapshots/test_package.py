@@ -48,7 +48,10 @@ def test_the_manifest_is_the_reference_s_line_by_line(tmp_path):
     assert config["size"] == len(registry.read_blob(digest(config["digest"])))
     kinds = {"model.safetensors": "weight", "config.json": "weight.config", "metrics.json": "doc", "README.md": "doc"}
     for layer, (name, kind) in zip(manifest["layers"], kinds.items(), strict=True):
-        assert set(layer) == {"mediaType", "digest", "size", "annotations"} and layer["mediaType"] == f"application/vnd.cncf.model.{kind}.v1.raw"
+        assert (
+            set(layer) == {"mediaType", "digest", "size", "annotations"}
+            and layer["mediaType"] == f"application/vnd.cncf.model.{kind}.v1.raw"
+        )
         assert layer["size"] == len(registry.read_blob(digest(layer["digest"])))
         marks = layer["annotations"]
         assert marks["org.opencontainers.image.title"] == marks["org.cncf.model.filepath"] == name
@@ -87,7 +90,11 @@ def test_the_config_is_what_modelpack_s_closed_schema_allows(more):
     for part, allowed in SCHEMA.items():
         assert set(told[part]) <= allowed and all(told[part].values())
     assert told["modelfs"] == {"type": "layers", "diffIds": ["sha256:1", "sha256:2"]}
-    assert told["config"]["architecture"] == "regnety_002" and told["config"]["format"] == "safetensors" and told["config"]["precision"] == "float32"
+    assert (
+        told["config"]["architecture"] == "regnety_002"
+        and told["config"]["format"] == "safetensors"
+        and told["config"]["precision"] == "float32"
+    )
     assert told["config"]["paramSize"] == "2.8M" == scaled(2_793_996)  # the published count: BatchNorm's statistics are no parameters
     assert told["config"]["capabilities"].items() >= {"inputTypes": ["image"], "outputTypes": ["embedding"]}.items()
     assert ("knowledgeCutoff" in told["config"]["capabilities"]) == bool(large(**more).window[1])
@@ -162,5 +169,10 @@ def test_the_card_says_what_is_known_and_what_is_not():
 
 
 def test_half_precision_is_said():
-    assert described(large(weights={n: t.half() if t.is_floating_point() else t for n, t in large().weights.items()}), [])["config"]["precision"] == "float16"
+    assert (
+        described(large(weights={n: t.half() if t.is_floating_point() else t for n, t in large().weights.items()}), [])["config"][
+            "precision"
+        ]
+        == "float16"
+    )
     assert large().weights["stem.conv.weight"].dtype == torch.float32
