@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import streamlearn.learn
 from streamlearn.contract.config import Config
 from streamlearn.contract.export import Export
 from streamlearn.contract.metrics import LearnerMetrics
@@ -21,6 +20,8 @@ from streamlearn.stream.loader import Stream
 
 if TYPE_CHECKING:
     from streamlearn.cli.roles import Home
+
+TOP = Path(__file__).parents[2]  # the repository, where it runs from one
 
 
 def train_role(config: Config, home: "Home", metrics: LearnerMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
@@ -46,8 +47,7 @@ def revision() -> str:
     """The commit that runs: STREAMLEARN_REVISION (images are built without .git), else git's word; empty where neither knows."""
     if told := os.environ.get("STREAMLEARN_REVISION"):
         return told
-    top = Path(streamlearn.learn.__file__).parents[2]
-    if not (top / ".git").exists() or not shutil.which("git"):
+    if not (TOP / ".git").exists() or not shutil.which("git"):
         return ""
-    asked = ["git", "-C", str(top), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    asked = ["git", "-C", str(TOP), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
