@@ -21,6 +21,7 @@ UNKNOWN = (
 def card(export: Export, parent: str, version: str) -> str:
     """README.md of a snapshot."""
     in_timm = timm_architecture(export.backbone, export.stem)
+    began = f" They began as {export.notes['init'].split()[0]}, whose own terms hold too." if "init" in export.notes else ""
     return f"""---
 library_name: {"timm" if in_timm else "streamlearn"}
 pipeline_tag: image-feature-extraction
@@ -29,7 +30,7 @@ license: {export.license.lower()}
 ---
 # {export.name} {version}
 
-A {export.backbone} trunk ({export.stem} stem, {export.width} features, no classifier), learnt without labels from a stream of uncurated images. This is
+A {export.backbone} trunk ({export.stem} stem, {export.width} features, no classifier), learnt without labels from a stream of images. This is
 one moment of a run that goes on. The weights are an exponential moving average, with BatchNorm's statistics re-estimated on the stream.
 
 ## Load it
@@ -43,8 +44,8 @@ For VISSL, pycls, ONNX or torch.export: `streamlearn snapshots export {version} 
 
 {_table(_data(export, parent))}
 
-The images were neither selected nor labelled by anyone. Where each came from, under which licence as far as its source said, and what was refused and
-why, is recorded image by image beside the shards, not here.
+The images were taken as their sources gave them: no label was used, and nobody looked them over. Where each came from,
+under which licence as far as its source said, and what was refused and why, is recorded image by image beside the shards, not here.
 
 ## How it learnt
 
@@ -56,7 +57,7 @@ why, is recorded image by image beside the shards, not here.
 
 ## Licence and limits
 
-The weights are given under {export.license}. That says nothing about the images, whose rights are their owners'. The features carry whatever the web
+The weights are given under {export.license}.{began} That says nothing about the images, whose rights are their owners'. The features carry whatever the web
 carries, its gaps and its prejudices; nobody has looked for them. Do not use them to identify people.
 """
 
@@ -112,7 +113,7 @@ def _data(export: Export, parent: str) -> dict[str, object]:
     heeded = [name for key, name in (("robots", "robots.txt"), ("respect_noindex", "noindex headers")) if fetch.get(key)]
     return {
         "sources": sources,
-        "opt-outs": f"noai and TDM headers{''.join(f', {h}' for h in heeded)} were heeded" if fetch else "",
+        "opt-outs": f"over HTTP, noai and TDM headers{''.join(f', {h}' for h in heeded)} were heeded" if fetch else "",
         "images learnt": f"{metrics['images']}, of which {metrics['fresh']} for the first time" if "fresh" in metrics else "",
         "fetched": f"{export.window[0]} to {export.window[1]}" if export.window[1] else "nothing yet",
         "up to offset": ", ".join(f"{place} {offset}" for place, offset in sorted(export.cursor.items())),

@@ -15,6 +15,7 @@ from streamlearn.__main__ import cli
 from streamlearn.contract.errors import ConfigError, NotFound
 from streamlearn.contract.registry import OciLayout
 from streamlearn.learn.backbones import build
+from streamlearn.snapshots import keys
 from streamlearn.snapshots.export import FILES, FORMATS, export
 from streamlearn.snapshots.publish import publish, record_result
 from streamlearn.snapshots.pull import pull
@@ -67,6 +68,23 @@ def test_timm_s_folder_opens_in_timm_s_structure_with_difference_zero(registry, 
     assert torch.equal(features(model, x), features(load_trunk(registry, "stable").eval(), x))
     assert torch.equal(features(load_folder(folder).eval(), x), features(model, x))
     assert f'timm.create_model("local-dir:{folder}", pretrained=True)' in loading
+
+
+def test_a_snapshot_of_before_with_pycls_s_names_is_exported_under_timm_s(tmp_path, monkeypatch):
+    old = OciLayout(tmp_path / "old")
+    monkeypatch.setattr(keys, "timm_architecture", lambda *_: "")
+    publish(old, large(3))
+    monkeypatch.undo()
+    pull(old, "candidate", tmp_path / "pulled")
+    before = json.loads((tmp_path / "pulled" / "config.json").read_text())
+    assert before["streamlearn"]["keys"] == "pycls" and "s1.b1.f.a.weight" in safetensors.torch.load_file(
+        tmp_path / "pulled" / "model.safetensors"
+    )
+    folder, _ = export(old, "candidate", tmp_path / "timm", "timm")
+    after = json.loads((folder / "config.json").read_text())
+    assert after["streamlearn"]["keys"] == "timm" and after["architecture"] == "regnety_002"
+    assert set(safetensors.torch.load_file(folder / "model.safetensors")) == set(Timm("regnety-200mf").state_dict())
+    assert "library_name: timm" in (folder / "README.md").read_text()
 
 
 def test_vissl_s_file_opens_in_vissl_s_structure_with_difference_zero(registry, tmp_path):

@@ -95,7 +95,7 @@ def test_the_config_is_what_modelpack_s_closed_schema_allows(more):
         and told["config"]["format"] == "safetensors"
         and told["config"]["precision"] == "float32"
     )
-    assert told["config"]["paramSize"] == "2.8M" == scaled(2_793_996)  # the published count: BatchNorm's statistics are no parameters
+    assert told["config"]["paramSize"] == "2.8M" == scaled(2_793_996)  # the published count
     assert told["config"]["capabilities"].items() >= {"inputTypes": ["image"], "outputTypes": ["embedding"]}.items()
     assert ("knowledgeCutoff" in told["config"]["capabilities"]) == bool(large(**more).window[1])
     assert [scaled(n) for n in (9, 23_000, 86_676_336, 1_272_156_138)] == ["0.0K", "23.0K", "86.7M", "1.3B"]
@@ -158,9 +158,9 @@ def test_the_card_says_what_is_known_and_what_is_not():
     head = card.split("---")[1]
     assert "library_name: timm" in head and "license: mit" in head
     for line in [
-        "| sources | photos (folder) |", "| opt-outs | noai and TDM headers, robots.txt were heeded |", "| images learnt | 1000, of which 600 for the first time |",
+        "| sources | photos (folder) |", "| opt-outs | over HTTP, noai and TDM headers, robots.txt were heeded |", "| images learnt | 1000, of which 600 for the first time |",
         "| began as | seer.torch (sha256:0, vissl: trunk) |", "| snapshot before | sha256:parent |", "| steps | 120000 of 64 images |",
-        "| views of each image | 2 x 224 px + 4 x 96 px |", "| learning rate | 0.15 after 1 halvings |", "given under MIT", "Not known when this card was written",
+        "| views of each image | 2 x 224 px + 4 x 96 px |", "| learning rate | 0.15 after 1 halvings |", "given under MIT. They began as seer.torch, whose own terms hold too.", "Not known when this card was written",
     ]:  # fmt: skip
         assert line in card, line
     assert "k-NN" not in card  # nothing was measured yet
@@ -168,7 +168,13 @@ def test_the_card_says_what_is_known_and_what_is_not():
     assert "| began as | random weights |" in plain and "library_name: streamlearn" in plain and "timm has no such model" in plain
 
 
-def test_half_precision_is_said():
+def test_statistics_are_no_parameters_and_half_precision_is_said():
+    odd = {
+        "stem.conv.weight": torch.zeros(1000),
+        "stem.bn.running_mean": torch.zeros(9000),
+        "stem.bn.num_batches_tracked": torch.zeros((), dtype=torch.long),
+    }
+    assert described(large(weights=odd), [])["config"]["paramSize"] == "1.0K"
     assert (
         described(large(weights={n: t.half() if t.is_floating_point() else t for n, t in large().weights.items()}), [])["config"][
             "precision"
