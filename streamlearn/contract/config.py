@@ -6,18 +6,20 @@ Nothing is ever written back: derived values are properties.  The resolved confi
 import hashlib
 import json
 from ipaddress import ip_network
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_stream import CropConfig, StreamConfig
 from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
+from streamlearn.contract.section import Fraction, Section
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+__all__ = [
+    "BankConfig", "Config", "ConnectConfig", "ConnectorConfig", "CropConfig", "DatasetConfig", "DemoConfig", "FetchConfig", "Fraction",
+    "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ShardConfig",
+    "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
+]  # fmt: skip
 
 
 class ConnectorConfig(Section):
@@ -153,7 +155,7 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
-    buffer_bytes: int = Field(default=2**28, ge=2**20)  # of images that wait in memory for those before them; then no more is asked for
+    buffer_bytes: int = Field(default=2**28, ge=2**20)  # of images that wait in memory for the ones before them; then no more are asked for
     spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
@@ -199,56 +201,6 @@ class DatasetConfig(Section):
     window_days: float = Field(default=90.0, gt=0)  # since a shard's last image was fetched; then `expire` ends it
     grace_days: float = Field(default=7.0, ge=0)  # from a shard's end to the deletion of its objects: learners may be reading them
     refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
-
-
-class CropConfig(Section):
-    """One resolution of the multi-crop (SwAV, arXiv:2006.09882, section 3.2)."""
-
-    count: int = Field(ge=1)  # views of each image
-    size: int = Field(ge=8)  # px
-    scale: tuple[float, float]  # share of the image's area
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale = {self.scale}: must be 0 < low <= high <= 1")
-        return self
-
-
-class StreamConfig(Section):
-    """From catalog to batches."""
-
-    seed: int = 0  # of the order and the augmentations
-    crops: tuple[CropConfig, ...] = (
-        CropConfig(count=2, size=224, scale=(0.14, 1.0)),
-        CropConfig(count=4, size=96, scale=(0.05, 0.14)),
-    )
-    jitter: float = Field(default=1.0, ge=0)  # colour distortion strength s: .8s .8s .8s .2s, p = 0.8, gray p = 0.2
-    # who flips, colours and blurs: auto is the learner's device if that is not the CPU; there on whole batches, in the workers on bytes
-    augment: Literal["auto", "workers", "device"] = "auto"
-    blur: Fraction = 0.5  # probability of Gaussian blur, sigma 0.1-2.0 px
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels, RGB in 0-1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
-    fresh_fraction: float = Field(default=0.5, gt=0, le=1)  # of a round; the rest is replay
-    max_replay_per_fresh: float = Field(default=1.0, ge=0)  # replays ever drawn per fresh image ever learnt (idle rounds)
-    max_replays: int = Field(default=0, ge=0)  # of one sample while it is kept; 0: any number
-    replay: Literal["reservoir", "minred", "fifo"] = "reservoir"  # which samples are kept: a uniform draw, the least redundant, the newest
-    reservoir: int = Field(default=65536, ge=1)  # samples that replay draws from
-    round_samples: int = Field(default=4096, ge=1)  # fresh samples in a round, at most (whole shards; at least one shard)
-    workers: int = Field(default=2, ge=0)  # decode processes; 0: in the trainer's own process
-    prefetch: int = Field(default=4, ge=1)  # batches ahead
-    cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
-    poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
-
-    @model_validator(mode="after")
-    def _judged(self) -> Self:
-        if self.replay == "minred" and self.reservoir < 2 * self.round_samples:
-            raise ValueError(
-                f"replay = 'minred' with reservoir = {self.reservoir}, round_samples = {self.round_samples}: what a round brings in can only be "
-                "weighed against twice as many that were seen; raise reservoir, or lower round_samples"
-            )
-        return self
 
 
 class ModelConfig(Section):
