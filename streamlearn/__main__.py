@@ -11,7 +11,7 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "up": ("streamlearn.cli.up", "up", "Run the whole loop on this machine."),
     "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
     "report": ("streamlearn.cli.report", "report", "Write the report page."),
-    "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull and verify published models."),
+    "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull, verify and export published models."),
     "connectors": ("streamlearn.cli.connectors", "connectors", "List, validate, plan, start, pause and delete sources."),
     "dataset": ("streamlearn.cli.dataset", "dataset", "Look at what was ingested, and change it: query, show, verify, takedown, compact …"),
     "config": ("streamlearn.cli.config", "config", "Show, check and document the configuration."),

@@ -1,4 +1,4 @@
-"""`streamlearn snapshots`: list, show, verify, pull."""
+"""`streamlearn snapshots`: list, show, verify, pull, export."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from streamlearn.contract.registry import OciLayout
 from streamlearn.snapshots import pull as reading
 
 HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
+FORMATS = ("timm", "vissl", "pycls", "onnx", "torch-export")  # snapshots/export.py; here so that `--help` does not wait for torch
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 
 
@@ -23,7 +24,7 @@ def open_registry(home: Path) -> OciLayout:
 
 @click.group()
 def snapshots() -> None:
-    """List, show, pull and verify published models."""
+    """List, show, pull, verify and export published models."""
 
 
 @snapshots.command("list")
@@ -69,3 +70,22 @@ def pull(reference: str, folder: Path, home: Path) -> None:
     """Copy a snapshot to a new FOLDER, verified."""
     for path in reading.pull(open_registry(home), reference, folder):
         click.echo(str(path))
+
+
+@snapshots.command()
+@click.argument("reference")
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--to", required=True, type=click.Choice(FORMATS), help="Who is to read it.")
+@click.option("--force", is_flag=True, help="Replace FOLDER, if all it holds is an export.")
+@click.option(
+    "--classes", type=click.IntRange(1), default=1000, show_default=True, help="Of pycls's classifier, which is written as zeros."
+)
+@HOME
+def export(reference: str, folder: Path | None, to: str, force: bool, classes: int, home: Path) -> None:
+    """Write a snapshot for another framework to a new FOLDER.  [default: NAME-VERSION-TO, here]"""
+    from streamlearn.snapshots.export import export as write
+
+    folder, loading = write(open_registry(home), reference, folder, to, force=force, classes=classes)
+    for path in sorted(folder.iterdir()):
+        click.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
+    click.echo(f"\nnext, in Python:\n\n{loading}")

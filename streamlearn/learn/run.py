@@ -19,7 +19,7 @@ from torch import Tensor
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, Retryable, StoreFull
-from streamlearn.contract.export import Export
+from streamlearn.contract.export import Export, WarmStart
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat, now
@@ -28,6 +28,7 @@ from streamlearn.learn.ema import calibrated
 from streamlearn.learn.losses import effective_rank
 from streamlearn.learn.state import TrainState, fresh_state
 from streamlearn.learn.trainer import Batch, Step, train
+from streamlearn.learn.warm import told, warm_start
 
 RECORD_EVERY = 10  # steps between lines of history
 RANK_EVERY = 50  # steps between looks at the effective rank
@@ -75,12 +76,13 @@ def run_train(
     *,
     stop: threading.Event,
     gallery: Path | None = None,
+    warm: Callable[[], WarmStart] | None = None,
 ) -> TrainState:
-    """Learn until `stop` or `train.max_steps`; the state it ended with."""
+    """Learn until `stop` or `train.max_steps`; the state it ended with.  `warm` is asked only where there is no checkpoint."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
-    state = resume(config, checkpoints, heartbeat)
+    state = resume(config, checkpoints, heartbeat, warm)
     stream = open_stream(state.stream or None)
     recorder = Recorder(config, state, metrics, heartbeat, stream)
     learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery)
@@ -91,12 +93,16 @@ def run_train(
     return state
 
 
-def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat) -> TrainState:
-    """The newest sound checkpoint, or step 0."""
+def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm: Callable[[], WarmStart] | None = None) -> TrainState:
+    """The newest sound checkpoint, or step 0: at random, or as `warm` says."""
     state = fresh_state(config)
     saved = checkpoints.load()
     if saved is None:
         logger.info("starting at step 0")
+        if warm is not None:
+            taken = warm_start(state, config, warm())
+            logger.info("warm start: %s", taken)
+            heartbeat.history(event="warm_start", step=0, **taken)
         return state
     try:
         state.load_state_dict(saved)
@@ -229,6 +235,9 @@ class Learner:
             generation="",
             config=config.model_dump(mode="json"),
             config_digest=config.digest,
+            license=config.train.license,
+            source=config.train.source,
+            notes={"init": told(state.origin)} if state.origin else {},
         )
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ import threading
 import time
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
 from streamlearn.contract.metrics import EvaluatorMetrics
 from streamlearn.contract.registry import OciLayout
 from streamlearn.contract.status import Heartbeat
-from streamlearn.learn.backbones import build
 from streamlearn.probes.banks import Bank, load_bank
 from streamlearn.probes.features import RAW_SIDES, features, raw_pixels, untrained
 from streamlearn.probes.knn import accuracy, knn
@@ -35,6 +33,7 @@ from streamlearn.probes.linear import ridge
 from streamlearn.snapshots.package import version
 from streamlearn.snapshots.publish import has_result, record_result, results, versions
 from streamlearn.snapshots.pull import read_file
+from streamlearn.snapshots.trunk import load_trunk
 from streamlearn.stream.views import normalised
 
 SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
@@ -104,8 +103,7 @@ class Evaluator:
 
     def _measure(self, step: int, digest: str) -> None:
         settings = json.loads(read_file(self.registry, digest, "config.json"))
-        trunk = build(settings["streamlearn"]["backbone"], settings["streamlearn"]["stem"])
-        trunk.load_state_dict(safetensors.torch.load(read_file(self.registry, digest, "model.safetensors")))
+        trunk = load_trunk(self.registry, digest)
         for config in self._lacking(digest):
             began = time.monotonic()
             bank = self._bank(config, settings["pretrained_cfg"]["input_size"][-1])

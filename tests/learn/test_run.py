@@ -33,13 +33,21 @@ class Shelf:
         return f"0.{export.step}.0", digest
 
 
-def learn(home, end, shelf, config=None, stop=None, registry=None):
+def learn(home, end, shelf, config=None, stop=None, registry=None, warm=None):
     config = config or small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=end)
     metrics, heart = LearnerMetrics(registry or CollectorRegistry()), Heartbeat(home, "train", period_s=0)
     stop = stop or threading.Event()
     gallery = home / "history" / "gallery.json"
     return run_train(
-        config, lambda s: PlainStream(s, 100, stop), FolderStore(home / "store"), shelf, metrics, heart, stop=stop, gallery=gallery
+        config,
+        lambda s: PlainStream(s, 100, stop),
+        FolderStore(home / "store"),
+        shelf,
+        metrics,
+        heart,
+        stop=stop,
+        gallery=gallery,
+        warm=warm,
     )
 
 
