@@ -8,16 +8,14 @@ import json
 from ipaddress import ip_network
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_section import Section as Section  # noqa: PLC0414  known by this name to the connectors
+from streamlearn.contract.config_snapshots import SnapshotsConfig
 from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ConnectorConfig(Section):
@@ -381,6 +379,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
     probe: ProbeConfig = ProbeConfig()
     demo: DemoConfig = DemoConfig()
     supervise: SuperviseConfig = SuperviseConfig()

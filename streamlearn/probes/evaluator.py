@@ -24,7 +24,7 @@ from torch import Tensor
 from streamlearn.contract.config import BankConfig, Config
 from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
 from streamlearn.contract.metrics import EvaluatorMetrics
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import Registry
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.backbones import build
 from streamlearn.probes.banks import Bank, load_bank
@@ -41,7 +41,7 @@ SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
 logger = logging.getLogger(__name__)
 
 
-def run_evaluate(config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
+def run_evaluate(config: Config, registry: Registry, metrics: EvaluatorMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
     """Follow the registry until `stop`."""
     os.nice(5)  # learning comes first
     if config.probe.threads:
@@ -56,7 +56,7 @@ def run_evaluate(config: Config, registry: OciLayout, metrics: EvaluatorMetrics,
 
 
 class Evaluator:
-    def __init__(self, config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat):
+    def __init__(self, config: Config, registry: Registry, metrics: EvaluatorMetrics, heartbeat: Heartbeat):
         self.config, self.registry, self.metrics, self.heart = config, registry, metrics, heartbeat
         self.banks: dict[str, Bank] = {}
         self.baselines: dict[tuple[str, str, str], dict[str, float]] = {}
