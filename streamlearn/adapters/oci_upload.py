@@ -57,12 +57,15 @@ class Upload:
         """Raises Corrupt where the registry twice got another digest."""
         name = hashlib.sha256(f"{self.api} {self.digest}".encode()).hexdigest() + ".upload"
         with self.spool.claim(name) as note:
-            try:
-                self._send(note)
-            except Corrupt as e:
-                logger.warning("%s; it is sent anew", e)
-                note.unlink(missing_ok=True)
-                self._send(note)
+            for again in (True, False):
+                try:
+                    self._send(note)
+                    break
+                except Corrupt as e:
+                    note.unlink(missing_ok=True)  # nothing of it is to be gone on with
+                    if not again:
+                        raise
+                    logger.warning("%s; it is sent anew", e)
             note.unlink(missing_ok=True)
 
     def present(self) -> bool:

@@ -120,9 +120,9 @@ class Wire:
 
     def pause(self, e: Retryable, attempt: int, attempts: int) -> None:
         """Wait before the next try; raises `e` where there is none, or where the wait is too long to do it here."""
-        if attempt >= attempts or e.after_s > self.config.max_pause_s:
-            raise e
         said = e.after_s if isinstance(e, _Later) else 0.0
+        if attempt >= attempts or said > self.config.max_pause_s:
+            raise e
         backed_off = min(self.config.max_pause_s, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # not all roles at once
         logger.info("try %d of %d: %s", attempt, attempts, e)
         self._sleep(said or backed_off)
@@ -227,6 +227,8 @@ class _Part:
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(self._left if size < 0 else min(size, self._left))
+        if self._left and not data:  # the registry would wait for the rest
+            raise Corrupt(f"{self._file.name}: ended {self._left} bytes early: it was changed while it was sent")
         self._left -= len(data)
         return data
 

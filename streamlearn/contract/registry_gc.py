@@ -113,5 +113,7 @@ def _sweep(layout: OciLayout, live: set[str], before: float) -> tuple[int, int]:
 
 
 def _modified(layout: OciLayout, digest: str) -> float:
-    path = layout.path(digest)
-    return path.stat().st_mtime if path.exists() else 0.0
+    try:
+        return layout.path(digest).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -117,6 +117,11 @@ class Choke:
         self.listener.close()
         self.cut()
 
+    def let_pass(self) -> None:
+        """What was choked is cut off; what comes passes."""
+        self.limits = (-1, -1)
+        self.cut()
+
     def cut(self) -> None:
         for s in self.open:
             with contextlib.suppress(OSError):
