@@ -45,19 +45,20 @@ def test_a_snapshot_is_the_same_wherever_it_is_published(near, far, tmp_path):
 
 def test_cut_off_at_any_request_a_snapshot_is_whole_or_not_there_and_the_next_try_completes_it(tmp_path):
     """As `killed at any step` has it, over the wire: the nth request and all after it fail."""
-    clean = publish(OciLayout(tmp_path / "clean"), export(1))
+    made = export(1)
+    clean = publish(OciLayout(tmp_path / "clean"), made)
     for nth in range(200):
         with OciServer() as server:
-            own = remote(server.host, tmp_path / "spool", attempts=1)
+            own = remote(server.host, tmp_path / "spool", attempts=1, chunk_bytes=2**20)
             server.before = lambda method, path, server=server, nth=nth: (503, {}) if len(server.log) > nth else None
             try:
-                done = publish(own, export(1))
+                done = publish(own, made)
             except Retryable:
                 done = None
             server.before = lambda method, path: None
             for name in own.names():
                 verify(own, name)
-            assert done in (None, clean) and publish(own, export(1)) == clean
+            assert done in (None, clean) and publish(own, made) == clean
             assert own.names() == ["0.1.0", "candidate"] and verify(own, "candidate")
         if done:
             break
