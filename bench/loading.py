@@ -97,7 +97,11 @@ def core(title: str, images: Path, count: int, args: argparse.Namespace, home: P
             f"  {variant.mib:6.0f} MiB  {ratio}  {share}"
         )
         variant.process.communicate()
-    psnr = json.loads(start(sys.executable, OURS, "quality", images=images, count=min(count, args.quality)).communicate()[0])
+    process = start(sys.executable, OURS, "quality", images=images, count=min(count, args.quality))
+    said, trouble = process.communicate()
+    if process.returncode:
+        raise SystemExit(trouble)
+    psnr = json.loads(said)
     print(
         f"  our crops against the official ones: PSNR mean {psnr['mean']:.1f} dB, p5 {psnr['p5']:.1f} dB; decoded at 1/n: {psnr['scales']}"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench.loading_peers import BATCH, answer, photographs, timed
 from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
@@ -86,7 +86,7 @@ def quality(images: list[bytes]) -> None:
         boxes_V14, scale_1 = planned([data], i)
         known, scale = header(data), int(scale_1[0])
         scales.append(scale)
-        whole = Image.open(io.BytesIO(data)).convert("RGB")
+        whole = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # upright, as ours
         image = pixels(data, known, scale=scale, buffer=buffer)
         for box, side in zip(boxes_V14[:, 0], views.sides(CONFIG.crops).tolist(), strict=True):
             reference = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR, box=tuple(box.tolist())), dtype=np.float32)

@@ -128,6 +128,8 @@ class Stream:
             self.counts["corrupt"] += int((~sound).sum())
             crops = self.crew.crops(item.work) if sound.any() else ()
             self.crew.end(item.work)
+            if self._queue and (following := self._queue[0].work) is not None:
+                self.crew.copy_ahead(following)
             if not crops:
                 self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
                 if self.ranks == 1:

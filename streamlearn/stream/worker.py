@@ -38,6 +38,7 @@ class Place:
 class BatchSpec:
     places: tuple[Place, ...]  # B
     keys_B: U64  # of the augmentations
+    deadly: frozenset[int] = frozenset()  # slots whose samples end the process that decodes them: not touched, and not sound
 
 
 Sound = NDArray[np.bool_]  # (B,); False: could not be decoded, another sample stands in its place
@@ -72,32 +73,35 @@ def _end_with(learner: int) -> None:
 
 def make_in(config: StreamConfig, spec: BatchSpec, tray: Tray, *, paint: bool) -> Sound:
     """As `make`, in another process than the one whose memory it is."""
-    return make(config, spec, mapped(tray), paint=paint)
+    out, at = mapped(tray)
+    return make(config, spec, out, paint=paint, at=at)
 
 
 @torch.inference_mode()
-def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, paint: bool) -> Sound:
+def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, paint: bool, at: NDArray[np.int64] | None = None) -> Sound:
     """Write one (V_r,B,S_r,S_r,3) a resolution; with `paint` flipped, coloured and blurred, else that is left to the learner's device.
 
-    Where no sample is sound nothing is written: the loader passes the batch over, and counts it.
+    `at` (1,) is told which slot's sample is being looked at (-1: none).  Where no sample is sound nothing is written: the loader passes the
+    batch over, and counts it.
     """
     if not spec.places:
         return np.zeros(0, dtype=bool)
-    maker = _Maker(config, spec, out, paint)
+    maker = _Maker(config, spec, out, paint, np.zeros(1, np.int64) if at is None else at)
     sound = np.array([maker.write(slot, slot) for slot in range(len(spec.places))], dtype=bool)
     if sound.any():
         for slot in np.flatnonzero(~sound).tolist():
             maker.write(slot, next(i % len(sound) for i in range(slot, slot + len(sound)) if sound[i % len(sound)]))
+    maker.at[0] = -1
     return sound
 
 
 class _Maker:
     """One batch in the making."""
 
-    def __init__(self, config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], paint: bool):
-        self.out, self.config, self.keys_B = out, config, spec.keys_B
+    def __init__(self, config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], paint: bool, at: NDArray[np.int64]):
+        self.out, self.config, self.keys_B, self.at = out, config, spec.keys_B, at
         self.bodies = _read(spec)
-        self.headers = [_header(body) for body in self.bodies]
+        self.headers = [None if slot in spec.deadly else self._header(slot) for slot in range(len(self.bodies))]
         self.boxes_VB4, self.scale_B = views.plan(spec.keys_B, _sizes(self.headers), config.crops)
         self.draws = distort.draw(spec.keys_B, range(len(self.boxes_VB4)), config)
         self.paint: Callable[[Pixels, distort.Distortions, int], Pixels] | None = None
@@ -107,11 +111,19 @@ class _Maker:
             self.paint = distorted
         self.buffer = Buffer()
 
+    def _header(self, slot: int) -> Header | None:
+        self.at[0] = slot
+        try:
+            return header(self.bodies[slot])
+        except Corrupt:
+            return None
+
     def write(self, slot: int, sample: int) -> bool:
         """The views of one slot from one sample, mostly its own; False if that cannot be decoded."""
         known = self.headers[sample]
         if known is None:
             return False
+        self.at[0] = sample
         boxes_V4, scale = self.boxes_VB4[:, slot], int(self.scale_B[slot])
         if sample != slot:
             boxes_V14, scales = views.plan(self.keys_B[slot : slot + 1], _sizes([known]), self.config.crops)
@@ -142,13 +154,6 @@ def _read(spec: BatchSpec) -> list[bytes]:
     finally:
         for fd in files.values():
             os.close(fd)
-
-
-def _header(body: bytes) -> Header | None:
-    try:
-        return header(body)
-    except Corrupt:
-        return None
 
 
 def _sizes(headers: list[Header | None]) -> NDArray[np.int64]:

@@ -29,19 +29,19 @@ def test_a_tray_has_an_array_for_each_resolution(trays):
 def test_no_two_trays_overlap(trays):
     taken = [trays.take() for _ in range(3)]
     for value, tray in enumerate(taken):
-        for array in trays.arrays(tray):
+        for array in (*trays.arrays(tray), trays.at(tray)):
             array[...] = value + 1
     for value, tray in enumerate(taken):
-        assert all((array == value + 1).all() for array in trays.arrays(tray))
+        assert all((array == value + 1).all() for array in (*trays.arrays(tray), trays.at(tray)))
 
 
 def test_another_process_writes_what_this_one_reads(trays):
     tray = trays.take()
-    code = "import sys, pickle; from streamlearn.stream.trays import mapped\nfor a in mapped(pickle.load(sys.stdin.buffer)): a[...] = a.shape[2]"
+    code = "import sys, pickle; from streamlearn.stream.trays import mapped\narrays, at = mapped(pickle.load(sys.stdin.buffer))\nat[0] = 7\nfor a in arrays: a[...] = a.shape[2]"
     import pickle
 
     subprocess.run([sys.executable, "-c", code], input=pickle.dumps(tray), check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
-    assert [np.unique(a).tolist() for a in trays.arrays(tray)] == [[16], [8]]
+    assert [np.unique(a).tolist() for a in trays.arrays(tray)] == [[16], [8]] and trays.at(tray).tolist() == [7]
 
 
 def test_a_tray_that_is_still_written_to_is_handed_out_last_and_only_when_that_has_ended(trays):
