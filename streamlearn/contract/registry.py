@@ -109,12 +109,12 @@ class OciLayout:
     """The embedded registry: one repository in one folder."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self._blobs = root, root / "blobs" / "sha256"
         self._parsed: tuple[tuple[int, int, int], Index] | None = None  # (inode, mtime, size) -> index
         self._subjects: dict[str, str] = {}  # of manifests whose entry does not say, by digest
         layout = root / "oci-layout"
         if not layout.exists():
-            (root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+            self._blobs.mkdir(parents=True, exist_ok=True)
             durable.create(root / "index.json", canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}))
             durable.create(layout, canonical({"imageLayoutVersion": "1.0.0"}))
         try:
@@ -134,7 +134,7 @@ class OciLayout:
         return Descriptor(media_type, digest, len(data))
 
     def put_file(self, path: Path, media_type: str) -> Descriptor:
-        staged = self.root / "blobs" / "sha256" / f".{os.urandom(8).hex()}.tmp"
+        staged = self._blobs / f".{os.urandom(8).hex()}.tmp"
         try:
             with path.open("rb") as source, staged.open("wb") as target:
                 digest, size = copy_hashed(source, target)
@@ -231,7 +231,7 @@ class OciLayout:
         """Of a blob's file.  Raises NotFound where it is no digest."""
         if not DIGEST.fullmatch(digest):
             raise NotFound(f"{digest!r}: not a sha256 digest")
-        return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
+        return self._blobs / digest[7:]
 
     def index(self) -> Index:
         """index.json as it is now.  Raises Corrupt."""
