@@ -83,9 +83,7 @@ class Upload:
                 if session is None:
                     session, begun = self._begun(note), begun + 1
                 while self.size > session.chunk and session.offset < self.size:
-                    before = session.offset
-                    session = self._chunk(session, note)
-                    failures = 0 if session.offset > before else failures + 1
+                    session, failures = self._chunk(session, note), 0
                 self._finish(session)
                 break
             except (Retryable, _Gone) as e:
@@ -134,8 +132,8 @@ class Upload:
         reply = self._ask("PATCH", session.url, self._part(session.offset, size), headers, (202, 204, 201))
         told = _offset(reply)
         offset = session.offset + size if told is None else told
-        if offset > self.size:
-            raise _Gone(f"it says it has {offset} of {self.size} bytes")
+        if not session.offset < offset <= self.size:
+            raise _Gone(f"after a chunk it says it has {offset} of {self.size} bytes, and had {session.offset}")
         return self._noted(Session(reply.location(), offset, session.chunk), note)
 
     def _finish(self, session: Session) -> None:

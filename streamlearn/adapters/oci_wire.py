@@ -81,6 +81,7 @@ class Wire:
         if config.ca_bundle and not Path(config.ca_bundle).is_file():
             raise ConfigError(f"snapshots.ca_bundle = {config.ca_bundle!r}: no such file; name a PEM file of CA certificates")
         self.config, self.host, self._sleep = config, host, sleep
+        self._random = random.Random()  # its own: learning has the others
         self.origin = f"{'http' if config.plain_http else 'https'}://{host}"
         self._keys = Keys(secret, self._plain, self.origin, clock=clock)
         self._pool = urllib3.PoolManager(
@@ -123,7 +124,7 @@ class Wire:
         said = e.after_s if isinstance(e, _Later) else 0.0
         if attempt >= attempts or said > self.config.max_pause_s:
             raise e
-        backed_off = min(self.config.max_pause_s, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # not all roles at once
+        backed_off = min(self.config.max_pause_s, 0.5 * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.0)  # not all roles at once
         logger.info("try %d of %d: %s", attempt, attempts, e)
         self._sleep(said or backed_off)
 
@@ -253,7 +254,7 @@ def refusal(method: str, url: str, status: int, headers: Mapping[str, str], body
     what = f"{method} {bare(url)}: status {status}{told}"
     if status == 429 or (status >= 500 and status not in (501, 507)) or status in (408, 425):
         after_s = _retry_after_s(headers)
-        return Retryable(what, after_s=BACK_OFF_S) if after_s is None else _Later(what, after_s=after_s)
+        return Retryable(what, after_s=BACK_OFF_S) if after_s is None else _Later(what, after_s=max(after_s, 1.0))
     if status == 507:
         return StoreFull(f"{what}; free some space there, the work goes on by itself", after_s=BACK_OFF_S)
     if "DIGEST_INVALID" in codes:

@@ -208,6 +208,12 @@ def test_an_upload_that_is_forgotten_after_each_chunk_is_given_up(server, file, 
     assert len(server.asked("POST")) == 3
 
 
+def test_an_upload_that_gets_nowhere_is_given_up(server, file, tmp_path):
+    server.before = lambda method, path: (202, {"Location": path, "Range": "0-0"}) if method == "PATCH" else None
+    with pytest.raises(Retryable, match="forgotten"):
+        remote(server.host, tmp_path / "spool").put_file(file, "a/b")
+
+
 def test_bytes_that_change_on_their_way_in_are_refused(server, tmp_path):
     """The registry finds another digest: sent anew once, and then it is said."""
     (tmp_path / "changing").write_bytes(DATA)
