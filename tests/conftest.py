@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.adapters.oci import docker_registry  # noqa: F401  likewise
 from tests.adapters.s3 import bucket, s3_environment, s3_server  # noqa: F401  fixtures of all rooms: here, so that a session has one server
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: idle threads must not spin while roles run beside the tests

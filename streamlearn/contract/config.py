@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_snapshots import SnapshotsConfig
 from streamlearn.contract.config_stream import CropConfig, StreamConfig
 from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
@@ -18,7 +19,7 @@ from streamlearn.contract.section import Fraction, Section
 __all__ = [
     "BankConfig", "Config", "ConnectConfig", "ConnectorConfig", "CropConfig", "DatasetConfig", "DemoConfig", "FetchConfig", "Fraction",
     "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ShardConfig",
-    "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
+    "SnapshotsConfig", "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
 ]  # fmt: skip
 
 
@@ -333,6 +334,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
     probe: ProbeConfig = ProbeConfig()
     demo: DemoConfig = DemoConfig()
     supervise: SuperviseConfig = SuperviseConfig()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import ConfigError, Retryable, StoreFull
+from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.export import Export, WarmStart
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
@@ -172,7 +172,7 @@ class Learner:
             self.snapshot()
 
     def snapshot(self) -> None:
-        """Publish the averaged, calibrated weights of this very step; wait out a store that is full or out of reach."""
+        """Publish the averaged, calibrated weights of this very step; wait out a full store, or a registry that cannot be reached."""
         refs = self.stream.sample(self.state.stream, self.config.train.bn_images)
         size = self.config.stream.crops[0].size
         images = self.calibration(refs, size)
@@ -189,7 +189,7 @@ class Learner:
             try:
                 tag, digest = self.publish(export)
                 break
-            except StoreFull as e:
+            except Retryable as e:
                 logger.error("snapshot of step %d waits: %s", self.state.step, e)
                 if self.stop.wait(e.after_s) or time.monotonic() - began > FULL_LIMIT_S:
                     raise

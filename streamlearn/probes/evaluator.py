@@ -23,7 +23,7 @@ from torch import Tensor
 from streamlearn.contract.config import BankConfig, Config
 from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
 from streamlearn.contract.metrics import EvaluatorMetrics
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import Registry
 from streamlearn.contract.status import Heartbeat
 from streamlearn.probes.banks import Bank, load_bank
 from streamlearn.probes.features import RAW_SIDES, features, raw_pixels, untrained
@@ -40,7 +40,7 @@ SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
 logger = logging.getLogger(__name__)
 
 
-def run_evaluate(config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
+def run_evaluate(config: Config, registry: Registry, metrics: EvaluatorMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
     """Follow the registry until `stop`."""
     os.nice(5)  # learning comes first
     if config.probe.threads:
@@ -55,7 +55,7 @@ def run_evaluate(config: Config, registry: OciLayout, metrics: EvaluatorMetrics,
 
 
 class Evaluator:
-    def __init__(self, config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat):
+    def __init__(self, config: Config, registry: Registry, metrics: EvaluatorMetrics, heartbeat: Heartbeat):
         self.config, self.registry, self.metrics, self.heart = config, registry, metrics, heartbeat
         self.banks: dict[str, Bank] = {}
         self.baselines: dict[tuple[str, str, str], dict[str, float]] = {}

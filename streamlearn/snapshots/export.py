@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from streamlearn.contract import durable
 from streamlearn.contract.errors import ConfigError
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import Registry
 from streamlearn.learn.backbones.regnet import REGNETY, SE_RATIO, STEMS
 from streamlearn.snapshots import keys
 from streamlearn.snapshots.card import with_results
@@ -84,7 +84,7 @@ class Format:
 
 
 def export(
-    registry: OciLayout, reference: str, folder: Path | None, to: str, *, force: bool = False, classes: int = 1000
+    registry: Registry, reference: str, folder: Path | None, to: str, *, force: bool = False, classes: int = 1000
 ) -> tuple[Path, str]:
     """(the folder, how to load what lies there).  `folder` None: `<name>-<version>-<to>`, here.
 

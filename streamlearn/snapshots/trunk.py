@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.contract.errors import ConfigError, Corrupt
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import Registry
 from streamlearn.learn.backbones import build
 from streamlearn.snapshots.keys import recognised
 from streamlearn.snapshots.pull import read_file
 
 
-def load_trunk(registry: OciLayout, reference: str) -> nn.Module:
+def load_trunk(registry: Registry, reference: str) -> nn.Module:
     """(B,3,H,W) -> (B,D) of a snapshot, verified.  Raises NotFound; Corrupt where the bytes or the tensors are not a snapshot's."""
     settings = read_settings(read_file(registry, reference, "config.json"), reference)
     return filled(settings, safetensors.torch.load(read_file(registry, reference, "model.safetensors")), reference)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from streamlearn.contract.errors import ConfigError, NotFound
 from streamlearn.contract.export import WarmStart, is_path
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import Registry
 from streamlearn.snapshots.keys import recognised
 from streamlearn.snapshots.publish import step_of
 from streamlearn.snapshots.trunk import read_weights
@@ -35,7 +35,7 @@ PROTOTYPES = re.compile(r"(?:heads\.)?0\.prototypes0\.weight")
 REMEDY = "convert it where you trust it: torch.save({name: tensor, …}) or safetensors"
 
 
-def read(init: str, registry: OciLayout) -> WarmStart:
+def read(init: str, registry: Registry) -> WarmStart:
     """The weights that `train.init` names.  Raises ConfigError, naming key, file and remedy; Corrupt."""
     if is_path(init):
         return from_file(Path(init))
