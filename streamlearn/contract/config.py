@@ -6,18 +6,20 @@ Nothing is ever written back: derived values are properties.  The resolved confi
 import hashlib
 import json
 from ipaddress import ip_network
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_probe import BankConfig, ProbeConfig
 from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
+from streamlearn.contract.section import Fraction, Section
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+__all__ = [
+    "BankConfig", "Config", "ConnectConfig", "ConnectorConfig", "CropConfig", "DatasetConfig", "DemoConfig", "FetchConfig", "Fraction",
+    "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ShardConfig",
+    "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
+]  # fmt: skip
 
 
 class ConnectorConfig(Section):
@@ -316,29 +318,6 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
     max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
     name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
-
-
-class BankConfig(Section):
-    """A labelled bank: an image folder (one sub-folder a class) or a parquet file with bytes and label."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # in every result and plot
-    train: str  # the bank: a folder or a .parquet file
-    test: str = ""  # empty: every fifth image of `train`, by hash of its bytes
-    image_column: str = "jpeg"  # of a parquet: the encoded bytes
-    label_column: str = "label"  # of a parquet
-    max_train: int = Field(default=10_000, ge=10)  # images used, balanced over the classes
-    max_test: int = Field(default=10_000, ge=10)  # likewise
-
-
-class ProbeConfig(Section):
-    """How snapshots are measured."""
-
-    banks: tuple[BankConfig, ...] = ()
-    k: int = Field(default=20, ge=1)  # neighbours of the weighted k-NN
-    temperature: float = Field(default=0.07, gt=0)  # of its votes
-    batch: int = Field(default=256, ge=1)  # images in one forward pass
-    threads: int = Field(default=1, ge=0)  # torch CPU threads, kept from the learner
-    poll_s: float = Field(default=2.0, gt=0)  # between looks at the registry
 
 
 class DemoConfig(Section):

@@ -66,8 +66,8 @@ def test_raw_pixels_of_real_images_by_knn_equal_a_numpy_reference(data_dir):
     expected = []
     for row in b @ a.T:
         near = np.argsort(-row)[:20]
-        expected.append(np.bincount(bank.train.labels_N.numpy()[near], weights=np.exp(row[near] / 0.07), minlength=10).argmax())
-    ours = knn(raw_pixels(bank.train, 32), bank.train.labels_N, raw_pixels(bank.test, 32)).numpy()
+        expected.append(np.bincount(bank.train.labels.numpy()[near], weights=np.exp(row[near] / 0.07), minlength=10).argmax())
+    ours = knn(raw_pixels(bank.train, 32), bank.train.labels, raw_pixels(bank.test, 32)).numpy()
     assert (ours == np.array(expected)).mean() > 0.99 and len(bank.classes) == 10
 
 
@@ -100,7 +100,7 @@ def test_a_bank_is_split_the_same_way_every_time(tmp_path):
     config = BankConfig(name="b", train=bank_file(tmp_path))
     one, two = load_bank(config, 16), load_bank(config, 16)
     assert one.digest == two.digest and one.train.images_NSSC.shape[1:] == (16, 16, 3)
-    assert len(one.train.labels_N) + len(one.test.labels_N) == 60 and load_bank(config, 20).digest != one.digest
+    assert len(one.train.labels) + len(one.test.labels) == 60 and load_bank(config, 20).digest != one.digest
 
 
 def test_a_bank_of_folders_is_read_by_class(tmp_path):
@@ -109,7 +109,7 @@ def test_a_bank_of_folders_is_read_by_class(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i) if i != 7 else b"\xff\xd8\xff broken")
     bank = load_bank(BankConfig(name="b", train=str(tmp_path / "bank")), 16)
-    assert bank.classes == ("class0", "class1") and len(bank.train.labels_N) + len(bank.test.labels_N) == 39
+    assert bank.classes == ("class0", "class1") and len(bank.train.labels) + len(bank.test.labels) == 39
 
 
 @pytest.mark.parametrize(
