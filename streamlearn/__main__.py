@@ -12,6 +12,8 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
     "report": ("streamlearn.cli.report", "report", "Write the report page."),
     "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull and verify published models."),
+    "probe": ("streamlearn.cli.probe", "probe", "Measure and compare snapshots: run, finetune, compare, matrix, drift."),
+    "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),
     "connectors": ("streamlearn.cli.connectors", "connectors", "List, validate, plan, start, pause and delete sources."),
     "dataset": ("streamlearn.cli.dataset", "dataset", "Look at what was ingested, and change it: query, show, verify, takedown, compact …"),
     "config": ("streamlearn.cli.config", "config", "Show, check and document the configuration."),

@@ -114,15 +114,15 @@ def digest_of(config: BankConfig, chosen: Chosen, look: Callable[[str, Item, byt
     return digest
 
 
-def load_bank(config: BankConfig, size: int) -> Bank:
-    """Decoded at `size` px.  Raises ConfigError that names file, column and remedy."""
+def load_bank(config: BankConfig, size: int, shape: Callable[[Pixels, int], Pixels] = eval_crop) -> Bank:
+    """Decoded at `size` px, as `shape` makes them square.  Raises ConfigError that names file, column and remedy."""
     chosen = choose(config)
     pixels: dict[str, list[Pixels]] = {"train": [], "test": []}
     kept: dict[str, list[Item]] = {"train": [], "test": []}
 
     def look(split: str, item: Item, data: bytes) -> None:
         try:
-            pixels[split].append(eval_crop(decode(data), size))
+            pixels[split].append(shape(decode(data), size))
             kept[split].append(item)
         except Corrupt as e:
             logger.warning("probe bank %s: %s is left out: %s", config.name, item.where, e)

@@ -8,6 +8,7 @@ bytes do not match its digest is deleted and counts as absent.  Several processe
 """
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -55,19 +56,21 @@ class FeatureCache:
     def _read(self, path: Path) -> Tensors | None:
         try:
             data = path.read_bytes()
-            found = safetensors.torch.load(data)
-            with safetensors.safe_open(path, "pt") as file:
-                said = (file.metadata() or {}).get("digest")
+            os.utime(path)  # lately used
         except FileNotFoundError:
             return None
+        try:
+            found = safetensors.torch.load(data)
         except safetensors.SafetensorError as e:
-            return self._damaged(path, str(e))
-        if said != _digest(found):
-            return self._damaged(path, "its bytes do not match its digest")
-        os.utime(path)  # lately used
+            self._discard(path, str(e))
+            return None
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format's: length, JSON, tensors
+        if header.get("__metadata__", {}).get("digest") != _digest(found):
+            self._discard(path, "its bytes do not match its digest")
+            return None
         return found
 
-    def _damaged(self, path: Path, why: str) -> None:
+    def _discard(self, path: Path, why: str) -> None:
         logger.warning("cached features %s: %s; measured again", path, why)
         path.unlink(missing_ok=True)
 
