@@ -96,10 +96,12 @@ class BankBook:
         held = self.get(name)
         now = survey(held.bank.model_copy(update={"digest": ""}))
         if now.bank.digest != held.bank.digest:
-            before, after = ({(split, where): sha for split, where, sha in r.items} for r in (held, now))
-            changed = [f"{w} ({s}) has changed" for (s, w), sha in after.items() if before.get((s, w), sha) != sha]
-            gone = [f"{w} ({s}) has gone" for s, w in before if (s, w) not in after]
-            new = [f"{w} ({s}) is new" for s, w in after if (s, w) not in before]
+            # without a test set, an image that has changed may have changed sides
+            sides = bool(held.bank.test)
+            before, after = ({(split if sides else "", where): sha for split, where, sha in r.items} for r in (held, now))
+            changed = [f"{where} has changed" for (side, where), sha in after.items() if before.get((side, where), sha) != sha]
+            gone = [f"{where} has gone" for side, where in before if (side, where) not in after]
+            new = [f"{where} is new" for side, where in after if (side, where) not in before]
             found = changed + gone + new or ["the order of the images"]
             raise ConfigError(
                 f"probe bank {name}: {held.bank.train}: not what was registered: {'; '.join(found[:NAMED])}"

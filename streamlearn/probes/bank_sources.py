@@ -103,7 +103,9 @@ class ParquetSource:
             with pq.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(ROWS, columns=[self.column]):
                     here = [i for i in range(first, first + len(batch)) if i in chosen]
-                    for i, value in zip(here, batch.column(0).take([i - first for i in here]).to_pylist(), strict=True):
+                    for i, value in zip(
+                        here, batch.column(0).take(pa.array([i - first for i in here], pa.int64())).to_pylist(), strict=True
+                    ):
                         # datasets of Hugging Face have {"bytes": ..., "path": ...}
                         data = value.get("bytes") if isinstance(value, dict) else value
                         if not isinstance(data, bytes):

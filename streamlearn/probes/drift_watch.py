@@ -83,7 +83,7 @@ class DriftWatch:
             self._gather()
             self.gathered_at = self.clock()
         for name, source in sorted(self.state["sources"].items()):
-            due = source["measured_at"] + self.probe.drift_period_s <= self.clock()
+            due = source["measured_at"] is None or source["measured_at"] + self.probe.drift_period_s <= self.clock()
             if due and len(source["waiting"]) >= self.probe.drift_window:
                 self._measure(name, source)
                 return True
@@ -101,7 +101,7 @@ class DriftWatch:
             columns = [table.column(c).to_pylist() for c in ("outcome", "source", "member_offset", "member_size")]
             for outcome, name, start, size in zip(*columns, strict=True):
                 if outcome == STORED:
-                    source = self.state["sources"].setdefault(name, {"waiting": [], "passed_over": 0, "measured_at": 0.0, "windows": []})
+                    source = self.state["sources"].setdefault(name, {"waiting": [], "passed_over": 0, "measured_at": None, "windows": []})
                     source["waiting"].append([row.key, start, size])
         self.state["version"] = version
         for source in self.state["sources"].values():

@@ -22,7 +22,7 @@ SWEEP = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
 ITERATIONS = 1000
 MSN_LAMBDA = 0.0025
 SHARES = {"low_shot_1": 0.01, "low_shot_10": 0.10}
-_FLAT = 1e-9  # a relative change of the loss per iteration that ends a fit
+_FLAT = 1e-4  # times the tolerance: a change of the loss in one iteration that ends a fit too
 
 
 @dataclass
@@ -60,7 +60,7 @@ def fit(
         max_iter=iterations,
         max_eval=2 * iterations,
         tolerance_grad=tolerance,
-        tolerance_change=_FLAT,
+        tolerance_change=tolerance * _FLAT,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
