@@ -22,9 +22,10 @@ def ridge_scores(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, *, lambdas: t
     held = torch.zeros(len(X_ND), dtype=torch.bool)
     held[::HOLDOUT] = True
     if len(lambdas) > 1:
-        grades = [good(scores(X_ND[~held], labels[~held], X_ND[held], x, _classes(labels)), labels[held]) for x in lambdas]
+        tried = scores(X_ND[~held], labels[~held], X_ND[held], lambdas, _classes(labels))
+        grades = [good(scores_HC, labels[held]) for scores_HC in tried]
         lambdas = (lambdas[grades.index(max(grades))],)
-    return scores(X_ND, labels, T_MD, lambdas[0], _classes(labels))
+    return scores(X_ND, labels, T_MD, lambdas, _classes(labels))[0]
 
 
 def ridge(bank_ND: Tensor, labels_N: Tensor, test_MD: Tensor, *, lambdas: tuple[float, ...] = LAMBDAS) -> Tensor:
@@ -32,19 +33,20 @@ def ridge(bank_ND: Tensor, labels_N: Tensor, test_MD: Tensor, *, lambdas: tuple[
     return ridge_scores(bank_ND, labels_N, test_MD, lambdas=lambdas).argmax(1)
 
 
-def scores(X_ND: Tensor, labels: Tensor, T_MD: Tensor, lam: float, classes: int) -> Tensor:
-    """(M,C) at one regularisation."""
+def scores(X_ND: Tensor, labels: Tensor, T_MD: Tensor, lambdas: tuple[float, ...], classes: int) -> list[Tensor]:
+    """(M,C) at each regularisation."""
     if labels.ndim == 1:
-        return _fit(X_ND, F.one_hot(labels, classes).double(), T_MD, lam)
+        return _fits(X_ND, F.one_hot(labels, classes).double(), T_MD, lambdas)
     whole = (labels >= 0).all(0)
-    out_MC = torch.zeros(len(T_MD), classes, dtype=torch.float64)
-    if whole.any():
-        out_MC[:, whole] = _fit(X_ND, labels[:, whole].double(), T_MD, lam)
-    for c in torch.nonzero(~whole).flatten().tolist():
-        judged = labels[:, c] >= 0
-        if judged.any():
-            out_MC[:, c] = _fit(X_ND[judged], labels[judged, c : c + 1].double(), T_MD, lam)[:, 0]
-    return out_MC
+    out = [torch.zeros(len(T_MD), classes, dtype=torch.float64) for _ in lambdas]
+    # one fit for the classes that are judged in every image, one for each of the others
+    groups = [torch.nonzero(whole).flatten(), *torch.nonzero(~whole)]
+    for c in groups:
+        judged = (labels[:, c] >= 0).all(1)
+        if len(c) and judged.any():
+            for out_MC, found in zip(out, _fits(X_ND[judged], labels[judged][:, c].double(), T_MD, lambdas), strict=True):
+                out_MC[:, c] = found
+    return out
 
 
 def good(scores_MC: Tensor, labels: Tensor) -> float:
@@ -58,11 +60,17 @@ def _classes(labels: Tensor) -> int:
     return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
 
 
-def _fit(X_ND: Tensor, Y_NC: Tensor, T_MD: Tensor, lam: float) -> Tensor:
-    """Normal equations with an intercept: what is not penalised is the mean of the targets."""
+def _fits(X_ND: Tensor, Y_NC: Tensor, T_MD: Tensor, lambdas: tuple[float, ...]) -> list[Tensor]:
+    """(M,C) for each: normal equations with an intercept, which is not penalised.  With fewer images than features, their dual: the same answer."""
+    N, D = X_ND.shape
     mean_D, centre_C = X_ND.mean(0), Y_NC.mean(0)
-    X_ND = X_ND - mean_D
-    gram = X_ND.T @ X_ND / len(X_ND) + lam * torch.eye(X_ND.shape[1], dtype=torch.float64)
-    weights_DC: Tensor = torch.linalg.solve(gram, X_ND.T @ (Y_NC - centre_C) / len(X_ND))
-    predicted: Tensor = (T_MD - mean_D) @ weights_DC + centre_C
-    return predicted
+    X_ND, Y_NC, T_MD = X_ND - mean_D, Y_NC - centre_C, T_MD - mean_D
+    dual = N < D
+    gram = X_ND @ X_ND.T / N if dual else X_ND.T @ X_ND / N
+    right = Y_NC / N if dual else X_ND.T @ Y_NC / N
+    found = []
+    for lam in lambdas:
+        root = torch.linalg.cholesky(gram + lam * torch.eye(len(gram), dtype=torch.float64))
+        solved = torch.cholesky_solve(right, root)
+        found.append(T_MD @ (X_ND.T @ solved if dual else solved) + centre_C)
+    return found

@@ -10,7 +10,7 @@ from streamlearn.contract.config_probe import BankConfig
 from streamlearn.probes.banks import load_bank
 from streamlearn.probes.features import raw_pixels
 from streamlearn.probes.knn import accuracy, knn, knn_scores
-from streamlearn.probes.linear import _fit, ridge, ridge_scores
+from streamlearn.probes.linear import _fits, ridge, ridge_scores
 from streamlearn.probes.logistic import SWEEP, draws, fit, low_shot, sweep
 
 
@@ -40,7 +40,7 @@ def test_ridge_equals_scikit_learns():
     X, T = (X - mean) / std, (T - mean) / std
     Y = np.eye(4)[labels.numpy()]
     theirs = Ridge(alpha=0.1 * len(X)).fit(X, Y).predict(T).argmax(1)
-    ours = _fit(torch.from_numpy(X), torch.from_numpy(Y), torch.from_numpy(T), 0.1).argmax(1)
+    ours = _fits(torch.from_numpy(X), torch.from_numpy(Y), torch.from_numpy(T), (0.1,))[0].argmax(1)
     assert (ours.numpy() == theirs).all() and accuracy(ridge(bank, labels, test), blobs(100, seed=1)[1]) > 0.7
 
 
@@ -132,3 +132,11 @@ def test_one_percent_of_the_labels_is_one_of_each_class_and_more_labels_are_bett
     unit = [torch.nn.functional.normalize(x.double(), dim=1).numpy() for x in (bank[few], test)]
     theirs = (model.fit(unit[0], labels[few].numpy()).predict(unit[1]) == truth.numpy()).mean()
     assert low_shot(bank, labels, test, truth, share=0.01, seeds=1)["mean"] == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize("images", [20, 60])
+def test_ridge_is_the_same_with_fewer_images_than_features_and_with_more(images):
+    g = np.random.default_rng(0)
+    X, T, Y = g.standard_normal((images, 40)), g.standard_normal((10, 40)), np.eye(3)[g.integers(0, 3, images)]
+    for lam, ours in zip((0.01, 1.0), _fits(*map(torch.from_numpy, (X, Y, T)), (0.01, 1.0)), strict=True):
+        assert np.allclose(ours.numpy(), Ridge(alpha=lam * images).fit(X, Y).predict(T), atol=1e-9)
