@@ -7,20 +7,19 @@ from torch import Tensor
 from streamlearn.probes.average_precision import mean_ap
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per sample, on standardised features
-HOLDOUT = 10  # every tenth bank image chooses among them
+HOLDOUT = 10  # one bank image of ten chooses among them
 
 
 @torch.inference_mode()
 def ridge_scores(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, *, lambdas: tuple[float, ...] = LAMBDAS) -> Tensor:
     """(M,C) regressed targets: ridge regression to one-hot targets on standardised features, in float64, no iterations, no seed.
 
-    The regularisation is chosen on every tenth bank image (accuracy; mAP of a multi-label bank), then all are fitted.
+    The regularisation is chosen on a tenth of the bank (accuracy; mAP of a multi-label bank), then all are fitted.
     `labels`: (N,) classes; or (N,C) of a multi-label bank: each class is fitted on the images in which it is judged.
     """
     mean, std = bank_ND.double().mean(0), bank_ND.double().std(0) + 1e-6
     X_ND, T_MD = (bank_ND.double() - mean) / std, (test_MD.double() - mean) / std
-    held = torch.zeros(len(X_ND), dtype=torch.bool)
-    held[::HOLDOUT] = True
+    held = held_out(labels)
     if len(lambdas) > 1:
         tried = scores(X_ND[~held], labels[~held], X_ND[held], lambdas, _classes(labels))
         grades = [good(scores_HC, labels[held]) for scores_HC in tried]
@@ -47,6 +46,23 @@ def scores(X_ND: Tensor, labels: Tensor, T_MD: Tensor, lambdas: tuple[float, ...
             for out_MC, found in zip(out, _fits(X_ND[judged], labels[judged][:, c].double(), T_MD, lambdas), strict=True):
                 out_MC[:, c] = found
     return out
+
+
+def held_out(labels: Tensor) -> Tensor:
+    """(N,) a tenth of the images: of (N,) classes every tenth of each that has two or more, of (N,C) labels by a fixed draw.
+
+    Whatever order they are in: in banks whose classes take turns, every tenth image would be of one class.
+    """
+    N = len(labels)
+    held = torch.zeros(N, dtype=torch.bool)
+    if labels.ndim == 2:
+        held[torch.randperm(N, generator=torch.Generator().manual_seed(0))[: max(1, N // HOLDOUT)]] = True
+        return held
+    for c in range(_classes(labels)):
+        own = torch.nonzero(labels == c).flatten()
+        if len(own) > 1:
+            held[own[::HOLDOUT]] = True
+    return held
 
 
 def good(scores_MC: Tensor, labels: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Logistic probe: L-BFGS in float64, its regularisation swept; and few labels.  Shapes: N bank images, M test images, D features, C classes.
 
 `sweep` follows DINOv2's logistic protocol: L2-normalised features, C = 10^linspace(-6, 5, 45), at most 1,000 iterations, the best C on held-out
-bank images (here every tenth), then a fit on all.  The loss is scikit-learn's: C sum_i loss_i + |W|^2 / 2, the intercept free; the same C
+bank images (here a tenth), then a fit on all.  The loss is scikit-learn's: C sum_i loss_i + |W|^2 / 2, the intercept free; the same C
 means the same.  From small C to large each fit starts where the last ended: the optimum is the same, reached in fewer iterations.
 
 `low_shot` follows MSN: logistic regression with |W|^2 lambda / 2 + the mean loss, lambda = 0.0025, on a share of the bank, drawn evenly from the classes.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamlearn.probes.linear import HOLDOUT, good
+from streamlearn.probes.linear import good, held_out
 from streamlearn.probes.statistics import spread
 
 SWEEP = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
@@ -88,9 +88,8 @@ def _mean_loss(logits_NC: Tensor, labels: Tensor) -> Tensor:
 def sweep(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, *, grid: Sequence[float] = SWEEP) -> tuple[Tensor, float]:
     """(M,C) logits, and the C that was chosen.  No seed: the same features give the same figures."""
     classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-    held = torch.zeros(len(bank_ND), dtype=torch.bool)
-    held[::HOLDOUT] = True
-    best, best_grade, best_C, current = None, -math.inf, grid[0], None
+    held = held_out(labels)
+    best, best_grade, best_C, current = None, -math.inf, sorted(grid)[len(grid) // 2], None
     for C in sorted(grid):
         current = fit(bank_ND[~held], labels[~held], classes, C, start=current)
         grade = good(current.scores(bank_ND[held]), labels[held])

@@ -10,7 +10,7 @@ from streamlearn.contract.config_probe import BankConfig
 from streamlearn.probes.banks import load_bank
 from streamlearn.probes.features import raw_pixels
 from streamlearn.probes.knn import accuracy, knn, knn_scores
-from streamlearn.probes.linear import _fits, ridge, ridge_scores
+from streamlearn.probes.linear import _fits, held_out, ridge, ridge_scores
 from streamlearn.probes.logistic import SWEEP, draws, fit, low_shot, sweep
 
 
@@ -113,7 +113,7 @@ def test_the_sweep_takes_the_best_C_on_held_out_images_and_is_the_same_every_tim
     (bank, labels), (test, truth) = blobs(400, spread=2.0), blobs(300, spread=2.0, seed=1)
     grid = SWEEP[::8]
     scores, C = sweep(bank, labels, test, grid=grid)
-    held = torch.arange(400) % 10 == 0
+    held = held_out(labels)
     grades = [hits(fit(bank[~held], labels[~held], 4, c).scores(bank[held]), labels[held]) for c in grid]
     assert grades[grid.index(C)] == max(grades) and len(SWEEP) == 45 and SWEEP[0] == 1e-6 and SWEEP[-1] == pytest.approx(1e5)
     assert torch.equal(scores, sweep(bank, labels, test, grid=grid)[0]) and hits(scores, truth) > 0.5
@@ -140,3 +140,25 @@ def test_ridge_is_the_same_with_fewer_images_than_features_and_with_more(images)
     X, T, Y = g.standard_normal((images, 40)), g.standard_normal((10, 40)), np.eye(3)[g.integers(0, 3, images)]
     for lam, ours in zip((0.01, 1.0), _fits(*map(torch.from_numpy, (X, Y, T)), (0.01, 1.0)), strict=True):
         assert np.allclose(ours.numpy(), Ridge(alpha=lam * images).fit(X, Y).predict(T), atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turns", "by class", "shuffled"])
+def test_what_is_held_out_has_every_class_whatever_the_order(order):
+    labels = {
+        "in turns": torch.arange(500) % 10,
+        "by class": torch.arange(500) // 50,
+        "shuffled": (torch.arange(500) % 10)[torch.randperm(500, generator=torch.Generator().manual_seed(0))],
+    }[order]
+    assert torch.bincount(labels[held_out(labels)]).tolist() == [5] * 10
+    few = torch.tensor([0, 1, 1, 2, 2, 2])
+    assert sorted(few[held_out(few)].tolist()) == [1, 2]  # an only image is kept to be learnt from
+    assert int(held_out(torch.zeros(40, 3, dtype=torch.int8)).sum()) == 4
+
+
+def test_the_probes_do_not_depend_on_the_order_of_the_bank():
+    """Classes in turns, ten of them: holding out every tenth image once meant holding out one class."""
+    (bank, labels), (test, truth) = blobs(600, classes=10, spread=1.5), blobs(300, classes=10, spread=1.5, seed=1)
+    order = labels.argsort(stable=True)
+    assert torch.equal(ridge(bank, labels, test), ridge(bank[order], labels[order], test))
+    one, other = (sweep(b, y, test, grid=SWEEP[::8]) for b, y in ((bank, labels), (bank[order], labels[order])))
+    assert one[1] == other[1] and hits(one[0], truth) == pytest.approx(hits(other[0], truth), abs=0.01) and hits(one[0], truth) > 0.7
