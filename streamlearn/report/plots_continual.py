@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.dates import date2num
 
 from streamlearn.report.plots import BLUE, GREEN, INK, ORANGE, RED, SOFT, STYLE, finish, svg
 
@@ -63,10 +64,11 @@ def drift(state: Mapping[str, Any]) -> str:
         for i, (name, source) in enumerate(sorted(state["sources"].items())):
             rows = [w for w in source["windows"] if "distance" in w]
             if rows:
-                times = [datetime.fromisoformat(w["at"]) for w in rows]
+                times = [date2num(datetime.fromisoformat(w["at"])) for w in rows]
                 ratio = [w["distance"] / max(w["threshold"], 1e-12) for w in rows]
                 axis.plot(times, ratio, "o-", color=(BLUE, ORANGE, GREEN, RED, SOFT)[i % 5], markersize=4, label=name)
         axis.axhline(1.0, color=RED, linestyle=":", linewidth=1.2, label="without drift at most")
+        axis.xaxis_date()
         figure.autofmt_xdate()
         finish(axis, "", "Fréchet-64 / threshold")
         return svg(figure)
