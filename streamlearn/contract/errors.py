@@ -10,7 +10,7 @@
   - Fenced          another writer has taken this place in the catalog: drop the unit, read the position anew
   - Conflict        a compare-and-set was lost: someone else moved the tag
   - OffsetGap       the log or catalog lacks offsets that must be there: an incident, never skipped silently
-  - Stuck           a library that has stopped working: the process ends, and starts anew
+  - Stuck           a library that has stopped working, workers that are killed whatever they do: the process ends, and starts anew
 * Anything else is a bug: the process ends with its traceback and the supervisor starts it again.
 """
 

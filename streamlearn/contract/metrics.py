@@ -76,6 +76,19 @@ class LearnerMetrics:
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
         self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
+        self.batches_ahead = Gauge("learner_batches_ahead", "Batches made, or in the making, ahead of the learner", registry=registry)
+        self.shards_ahead = Gauge("learner_shards_ahead", "Shards on this disk that only later batches need", registry=registry)
+        self.downloads = Counter("learner_downloads", "Shards downloaded by this process", registry=registry)
+        self.download_bytes = Counter("learner_download_bytes", "Their bytes", registry=registry)
+        self.stream_failures = Counter("learner_stream_failures", "Tries of the stream that failed and are waited out", registry=registry)
+        self.waiting = Gauge(
+            "learner_waiting_seconds",
+            "How long the stream has waited for the store, the catalog or a disk; 0: it does not",
+            registry=registry,
+        )
+        self.cache_bytes = Gauge("learner_cache_bytes", "Local copies of shards, of all learners of the folder", registry=registry)
+        self.cache_hits = Counter("learner_cache_hits", "Shards that were there when they were wanted", registry=registry)
+        self.cache_evictions = Counter("learner_cache_evictions", "Copies that made room for others", registry=registry)
         self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
         self.checkpoint_failures = Counter("learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry)
         self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import ConfigError, StoreFull
+from streamlearn.contract.errors import ConfigError, Retryable, StoreFull
 from streamlearn.contract.export import Export
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
@@ -40,15 +40,18 @@ class Stream(Protocol):
     """What the learner asks of the stream besides batches."""
 
     def batches(self) -> Iterator["Timed | None"]:
-        """Batches in their order; None whenever there is nothing to learn yet."""
+        """Batches in their order; None whenever there is nothing to learn yet, or the store has to be waited for."""
 
     def sample(self, state: dict[str, Any], count: int) -> list[str]:
         """References of images learnt so far: a pure function of `state`."""
 
     def eval_images(self, refs: list[str], size: int) -> Tensor:
-        """(N,3,size,size) normalised, centre-cropped; N can be less than len(refs) where images have vanished."""
+        """(N,3,size,size) normalised, centre-cropped; N can be less than len(refs) where images have vanished.  Raises Retryable."""
 
     def counters(self) -> dict[str, int]: ...
+    def waiting(self) -> dict[str, Any]:
+        """For the heartbeat: `waiting`, what for, in words, empty if for nothing; `waiting_s` and more."""
+
     def close(self) -> None: ...
 
 
@@ -146,7 +149,7 @@ class Learner:
             if self.stop.is_set() or (limit and self.state.step >= limit):
                 return
             if batch is None:
-                self.recorder.beat(self.state, "waiting")
+                self.recorder.waits(self.state)
                 continue
             self.recorder.waited(batch.wait_s)
             yield batch
@@ -163,10 +166,12 @@ class Learner:
             self.snapshot()
 
     def snapshot(self) -> None:
-        """Publish the averaged, calibrated weights of this very step; wait out a full store."""
+        """Publish the averaged, calibrated weights of this very step; wait out a store that is full or out of reach."""
         refs = self.stream.sample(self.state.stream, self.config.train.bn_images)
         size = self.config.stream.crops[0].size
-        images = self.stream.eval_images(refs, size)
+        images = self.calibration(refs, size)
+        if images is None:
+            return
         if len(images) < 2:
             logger.error("no snapshot of step %d: %d images to calibrate BatchNorm on", self.state.step, len(images))
             return
@@ -185,6 +190,16 @@ class Learner:
         self.recorder.published(self.state, tag, digest)
         if self.gallery is not None:
             self.show_prototypes(trunk, images, refs)
+
+    def calibration(self, refs: list[str], size: int) -> Tensor | None:
+        """The images; None where the learner is told to stop before it has them: the next start publishes."""
+        while True:
+            try:
+                return self.stream.eval_images(refs, size)
+            except Retryable:
+                self.recorder.waits(self.state)
+                if self.stop.wait(1.0):  # the stream itself goes on trying, in its own time
+                    return None
 
     def export(self, weights: dict[str, Tensor], size: int) -> Export:
         state, config = self.state, self.config
@@ -243,7 +258,8 @@ class Recorder:
         self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
         self.losses: list[float] = []
         self.rank = math.nan
-        self.corrupt = self.failures = 0  # told to the metrics so far
+        self.failures = 0  # told to the metrics so far
+        self.told: dict[str, int] = {}  # likewise, of the stream's counters
         self.committed = -1  # step of the newest checkpoint
 
     def waited(self, seconds: float) -> None:
@@ -289,14 +305,37 @@ class Recorder:
         rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
         norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
         self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
-        counters = self.stream.counters()
-        self.metrics.corrupt.inc(counters.get("corrupt", 0) - self.corrupt)
-        self.corrupt = counters.get("corrupt", 0)
-        self.metrics.unseen.set(counters.get("expired_unseen", 0))
+        counters = self._stream()
         spent = time.monotonic() - self.began
         self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))
         self.heart.beat(wait_share=round(self.wait_s / max(spent, 1e-9), 3), stream=counters, **rounded)
         self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), state.images
+
+    def _stream(self) -> dict[str, int]:
+        """The stream's counters, told to the metrics."""
+        m, counters = self.metrics, self.stream.counters()
+        for name, counter in (
+            ("corrupt", m.corrupt),
+            ("downloads", m.downloads),
+            ("download_bytes", m.download_bytes),
+            ("failures", m.stream_failures),
+            ("cache_hits", m.cache_hits),
+            ("cache_evictions", m.cache_evictions),
+        ):
+            counter.inc(counters.get(name, 0) - self.told.get(name, 0))
+        for name, gauge in (
+            ("expired_unseen", m.unseen),
+            ("batches_ahead", m.batches_ahead),
+            ("shards_ahead", m.shards_ahead),
+            ("cache_bytes", m.cache_bytes),
+        ):
+            gauge.set(counters.get(name, 0))
+        self.told = counters
+        return counters
+
+    def waits(self, state: TrainState) -> None:
+        """There is no batch, for want of images, or of a store."""
+        self.beat(state, "waiting", stream=self._stream())
 
     def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
         self.metrics.heartbeat.set_to_current_time()
@@ -312,6 +351,8 @@ class Recorder:
             "cursor": state.stream.get("cursor", {}),
             "round": state.stream.get("round", 0),
         }
+        known |= self.stream.waiting()
+        self.metrics.waiting.set(known["waiting_s"])
         if math.isfinite(self.rank):
             known["effective_rank"] = round(self.rank, 2)
         self.heart.beat(force=force, **known, **more)
