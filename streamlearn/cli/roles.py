@@ -142,4 +142,6 @@ def _train(config: Config, home: Home, registry: CollectorRegistry, heartbeat: H
 def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from streamlearn.probes.evaluator import run_evaluate
 
-    run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop)
+    # positions are the log's matter: the evaluator only follows, and needs no log
+    intake = (home.catalog(""), home.store()) if config.probe.drift_window else None
+    run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop, home=home.path, intake=intake)

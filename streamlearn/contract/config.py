@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_probe import BankConfig, ProbeConfig
 from streamlearn.contract.config_snapshots import SnapshotsConfig
 from streamlearn.contract.config_stream import CropConfig, StreamConfig
 from streamlearn.contract.event_log import OURS
@@ -269,29 +270,6 @@ class TrainConfig(Section):
     name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
     license: str = Field(default="Apache-2.0", min_length=1)  # of the published weights, as SPDX has it; likewise
     source: str = ""  # URL of the code, likewise; empty: not said
-
-
-class BankConfig(Section):
-    """A labelled bank: an image folder (one sub-folder a class) or a parquet file with bytes and label."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # in every result and plot
-    train: str  # the bank: a folder or a .parquet file
-    test: str = ""  # empty: every fifth image of `train`, by hash of its bytes
-    image_column: str = "jpeg"  # of a parquet: the encoded bytes
-    label_column: str = "label"  # of a parquet
-    max_train: int = Field(default=10_000, ge=10)  # images used, balanced over the classes
-    max_test: int = Field(default=10_000, ge=10)  # likewise
-
-
-class ProbeConfig(Section):
-    """How snapshots are measured."""
-
-    banks: tuple[BankConfig, ...] = ()
-    k: int = Field(default=20, ge=1)  # neighbours of the weighted k-NN
-    temperature: float = Field(default=0.07, gt=0)  # of its votes
-    batch: int = Field(default=256, ge=1)  # images in one forward pass
-    threads: int = Field(default=1, ge=0)  # torch CPU threads, kept from the learner
-    poll_s: float = Field(default=2.0, gt=0)  # between looks at the registry
 
 
 class DemoConfig(Section):
