@@ -42,7 +42,7 @@ from streamlearn.probes.drift import Reference
 from streamlearn.probes.features import of_pixels
 from streamlearn.probes.measure import Snapshot, open_snapshot
 from streamlearn.probes.turns import Turns
-from streamlearn.snapshots.package import version
+from streamlearn.snapshots.artifact import version
 from streamlearn.snapshots.publish import steps
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.views import eval_crop

@@ -43,7 +43,7 @@ from streamlearn.probes.drift_watch import DriftWatch
 from streamlearn.probes.measure import EACH, THOROUGH, Measurer, Snapshot, open_snapshot
 from streamlearn.probes.overview import Overview
 from streamlearn.probes.turns import Stopped, turns_of
-from streamlearn.snapshots.package import version
+from streamlearn.snapshots.artifact import version
 from streamlearn.snapshots.publish import has_result, record_result, steps
 
 QUIET = ("bank_digest", "protocol", "right")  # of a result, not for the history

@@ -33,7 +33,7 @@ from streamlearn.probes.linear import good, ridge_scores
 from streamlearn.probes.logistic import SHARES, low_shot, sweep
 from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
-from streamlearn.snapshots.package import LINEAGE
+from streamlearn.snapshots.artifact import LINEAGE
 from streamlearn.snapshots.pull import read_file
 from streamlearn.stream.views import normalised
 

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.oci import EMPTY, parts
-from streamlearn.contract.registry import ANY, Descriptor, Registry
+from streamlearn.contract.registry import ANY, Descriptor, OciLayout, Registry
 
 
 def copy(
@@ -37,7 +38,17 @@ def _manifest(source: Registry, target: Registry, reference: str, scratch: Path,
     known, manifest = source.manifest(reference)
     for digest in parts(manifest):
         if not target.has_blob(digest):
-            source.copy_blob(digest, scratch)
-            target.put_file(scratch, EMPTY)
+            _blob(source, target, digest, scratch)
             told(digest)
     return target.put_manifest(source.read_manifest(known.digest)[1])
+
+
+def _blob(source: Registry, target: Registry, digest: str, scratch: Path) -> None:
+    """From where it lies, if it lies in a folder: a large one need not fit into the system's temporary folder, too."""
+    if isinstance(source, OciLayout):
+        sent = target.put_file(source.path(digest), EMPTY)
+        if sent.digest != digest:
+            raise Corrupt(f"{source.path(digest)}: has digest {sent.digest[:19]}…: damaged; delete the file and publish or pull again")
+    else:
+        source.copy_blob(digest, scratch)
+        target.put_file(scratch, EMPTY)

@@ -30,8 +30,9 @@ from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.registry import Registry
 from streamlearn.learn.backbones.regnet import REGNETY, SE_RATIO, STEMS
 from streamlearn.snapshots import keys
+from streamlearn.snapshots.artifact import LINEAGE, TITLE, version
 from streamlearn.snapshots.card import with_results
-from streamlearn.snapshots.package import LINEAGE, TITLE, pretty, version
+from streamlearn.snapshots.package import pretty
 from streamlearn.snapshots.publish import results, step_of
 from streamlearn.snapshots.trunk import filled, in_pycls, read_settings, read_weights
 

@@ -14,21 +14,10 @@ import safetensors.torch
 from streamlearn.contract.export import Export
 from streamlearn.contract.registry import MANIFEST, Descriptor, Registry, canonical
 from streamlearn.snapshots import keys
+from streamlearn.snapshots.artifact import EPOCH, FILE_META, FILEPATH, KINDS, LINEAGE, MODEL, MODEL_CONFIG, TITLE, version
 from streamlearn.snapshots.card import card
 
-MODEL = "application/vnd.cncf.model.manifest.v1+json"
-MODEL_CONFIG = "application/vnd.cncf.model.config.v1+json"
-WEIGHTS, SETTINGS, DOC = (f"application/vnd.cncf.model.{kind}.v1.raw" for kind in ("weight", "weight.config", "doc"))
-TITLE, FILEPATH, FILE_META = "org.opencontainers.image.title", "org.cncf.model.filepath", "org.cncf.model.file.metadata+json"
-LINEAGE = "org.streamlearn."
-EPOCH = "1970-01-01T00:00:00Z"  # of a snapshot that has learnt nothing
-KINDS = {"model.safetensors": WEIGHTS, "config.json": SETTINGS, "metrics.json": DOC, "README.md": DOC}
 NO_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are not learnt
-
-
-def version(step: int) -> str:
-    """The immutable tag of a step."""
-    return f"0.{step}.0"
 
 
 def architecture(export: Export) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from streamlearn.contract.errors import Conflict, NotFound
 from streamlearn.contract.export import Export
 from streamlearn.contract.registry import Descriptor, Registry, canonical
-from streamlearn.snapshots.package import LINEAGE, pack, version
+from streamlearn.snapshots.artifact import LINEAGE, version
 
 CANDIDATE = "candidate"
 PROBE = "application/vnd.streamlearn.probe.v1+json"
@@ -28,6 +28,8 @@ PROBE = "application/vnd.streamlearn.probe.v1+json"
 
 def publish(registry: Registry, export: Export) -> tuple[str, str]:
     """(tag, digest) of the published snapshot."""
+    from streamlearn.snapshots.package import pack  # torch: seconds and 200 MB, which whoever reads the registry need not spend
+
     tag = version(export.step)
     manifest = pack(registry, export, _parent(registry, export.step))
     try:

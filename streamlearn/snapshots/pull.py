@@ -9,7 +9,7 @@ from typing import Any
 
 from streamlearn.contract.errors import ConfigError, Corrupt
 from streamlearn.contract.registry import Registry, sizes
-from streamlearn.snapshots.package import LINEAGE, MODEL, TITLE, version
+from streamlearn.snapshots.artifact import LINEAGE, MODEL, TITLE, version
 from streamlearn.snapshots.publish import results, steps
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -155,3 +156,22 @@ def test_a_flipped_bit_in_a_pull_leaves_no_folder(far, docker_registry, tmp_path
             assert not [p for p in tmp_path.iterdir() if "model" in p.name]
     finally:
         path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_the_loops_own_registry_is_not_copied(near, far):
+    publish(near, export(4))
+    for layer in near.manifest("candidate")[1]["layers"]:
+        path = near.path(layer["digest"])
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(Corrupt, match=layer["digest"][7:26]):
+                copy(near, far, "candidate", "candidate")
+            assert far.names() == []
+        path.write_bytes(whole)
+    assert copy(near, far, "candidate", "candidate") == near.find("candidate")
+
+
+def test_who_only_looks_at_snapshots_or_copies_them_does_not_wait_for_torch():
+    program = "import sys, streamlearn.cli.snapshots; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
