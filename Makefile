@@ -13,14 +13,18 @@ help:  ## this list
 
 setup: $(VENV)/.ready  ## the environment (the other targets do this by themselves)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "streamlearn needs Python 3.11 or newer; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.base
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: $(VENV)/.ready  ## the living loop on the demo world; Ctrl-C ends it, the next run goes on
+run: $(VENV)/.base  ## the living loop on the demo world; Ctrl-C ends it, the next run goes on
 	$(BIN)/streamlearn up --demo --home $(HOME_DIR) $(ARGS)
 
 test: $(VENV)/.ready  ## the whole test suite

@@ -157,7 +157,8 @@ def killed(host: str, home: Path, scratch: Path, mib: int, kills: int) -> bool:
             if act == "pull":  # of what the push above left; parts of transfers lie in the home
                 (scratch / "empty").mkdir(exist_ok=True)
             for _ in range(kills):
-                wire.stop_after(noise.randrange(1, mib * MIB // 4))
+                # a pull goes on where it was, so all of them together must leave something for the last run
+                wire.stop_after(noise.randrange(1, mib * MIB // (kills if act == "pull" else 2)))
                 child = subprocess.Popen([str(a) for a in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
                 while child.poll() is None and not wire.stopped.wait(0.05):
                     pass

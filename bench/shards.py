@@ -14,8 +14,8 @@ def open_home(home: Path) -> tuple[DeltaCatalog, FolderStore]:
     return DeltaCatalog(str(home / "store" / "catalog"), log_id="bench"), FolderStore(home / "store")
 
 
-def publish(home: Path, images: Sequence[bytes], ext: str, a_shard: int, start: int = 0) -> None:
-    """All of them in their order, in shards of so many, one partition from offset `start` on, one commit."""
+def publish(home: Path, images: Sequence[bytes], ext: str, a_shard: int, start: int = 0, day: str = "2026-11-21") -> None:
+    """All of them in their order, in shards of so many, one partition from offset `start` on, one commit; fetched on `day`."""
     home.mkdir(parents=True, exist_ok=True)
     (catalog, store), rows = open_home(home), list[ShardRow]()
     staged = home / "staged.tar"
@@ -25,7 +25,7 @@ def publish(home: Path, images: Sequence[bytes], ext: str, a_shard: int, start: 
         for offset in range(first, end):
             writer.add(offset, images[offset - start], ext, {"n": offset})
         sha256, size = writer.close()
-        key = shard_key("2026-11-21", TOPIC, 0, first, end, sha256)
+        key = shard_key(day, TOPIC, 0, first, end, sha256)
         store.put_file(key, staged)
         rows.append(
             ShardRow(
@@ -37,9 +37,9 @@ def publish(home: Path, images: Sequence[bytes], ext: str, a_shard: int, start: 
                 partition=0,
                 first_offset=first,
                 end_offset=end,
-                first_fetched_at="2026-11-21T00:00:00.000Z",
-                last_fetched_at="2026-11-21T00:00:00.000Z",
-                day="2026-11-21",
+                first_fetched_at=f"{day}T00:00:00.000Z",
+                last_fetched_at=f"{day}T00:00:00.000Z",
+                day=day,
             )
         )
     catalog.commit(rows, [Advance(TOPIC, 0, start, start + len(images))])

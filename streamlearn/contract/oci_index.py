@@ -8,6 +8,7 @@ found in this one file.  Entries that other tools wrote do not; `referring` asks
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,8 +45,15 @@ def encode(value: Any) -> bytes:
 class Index:
     """The manifests of a layout, in the order they came: one row a tag, and one for each manifest without."""
 
-    def __init__(self, head: Mapping[str, Any], rows: dict[Key, Row], referring: dict[str, tuple[Key, ...]] | None = None):
+    def __init__(
+        self,
+        head: Mapping[str, Any],
+        rows: dict[Key, Row],
+        referring: dict[str, tuple[Key, ...]] | None = None,
+        listed: Counter[str] | None = None,
+    ):
         self.head, self.rows, self._referring = head, rows, referring
+        self._listed = Counter(row.digest for row in rows.values()) if listed is None else listed  # digest -> rows
 
     @classmethod
     def parse(cls, data: bytes) -> "Index":
@@ -58,8 +66,13 @@ class Index:
         return cls({k: v for k, v in raw.items() if k != "manifests"}, {key_of(row): row for row in rows})
 
     def encoded(self) -> bytes:
-        fields = {k: encode(v) for k, v in self.head.items()} | {"manifests": b"[%s]" % b",".join(row.text for row in self.rows.values())}
-        return b"{%s}" % b",".join(b"%s:%s" % (encode(k), fields[k]) for k in sorted(fields))
+        parts = [b"{"]
+        for name in sorted([*self.head, "manifests"]):
+            parts += [encode(name), b":"]
+            # megabytes, so they are copied twice and not once for each level
+            parts += [b"[", b",".join([row.text for row in self.rows.values()]), b"]"] if name == "manifests" else [encode(self.head[name])]
+            parts.append(b",")
+        return b"".join([*parts[:-1], b"}"])
 
     def names(self) -> list[str]:
         return sorted(name for name, _ in self.rows if name)
@@ -68,13 +81,14 @@ class Index:
         return self.rows.get((name, ""))
 
     def lists(self, digest: str) -> bool:
-        return ("", digest) in self.rows or any(row.digest == digest for row in self.rows.values())
+        return self._listed[digest] > 0
 
     def put(self, entry: Mapping[str, Any]) -> "Index":
         """With this entry, last; the one of the same tag (or of the same digest, if it has none) is gone."""
         row = Row(entry)
         shrunk = self.without([key_of(row)])
         shrunk.rows[key_of(row)] = row
+        shrunk._listed[row.digest] += 1
         subject = row.annotations.get(SUBJECT)
         if subject is None:
             shrunk._referring = None
@@ -83,15 +97,20 @@ class Index:
         return shrunk
 
     def without(self, keys: Iterable[Key]) -> "Index":
-        rows, referring = dict(self.rows), None if self._referring is None else dict(self._referring)
+        rows, listed = dict(self.rows), self._listed.copy()
+        referring = None if self._referring is None else dict(self._referring)
         for key in keys:
             gone = rows.pop(key, None)
+            if gone:
+                listed[gone.digest] -= 1
+                if not listed[gone.digest]:
+                    del listed[gone.digest]
             subject = gone.annotations.get(SUBJECT) if gone else ""
             if subject is None:
                 referring = None  # under whom it stood is not known here
             elif referring is not None and subject in referring:
                 referring[subject] = tuple(k for k in referring[subject] if k != key)
-        return Index(self.head, rows, referring)
+        return Index(self.head, rows, referring, listed)
 
     def referring(self, subject_of: Callable[[Row], str]) -> Mapping[str, tuple[Key, ...]]:
         """Digest -> rows whose manifest refers to it.  `subject_of` is asked about rows that do not say."""
