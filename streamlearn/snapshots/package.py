@@ -9,8 +9,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
-
 from streamlearn.contract.export import Export
 from streamlearn.contract.registry import MANIFEST, Descriptor, Registry, canonical
 from streamlearn.snapshots import keys
@@ -43,6 +41,8 @@ def files(export: Export, parent: str) -> dict[str, bytes]:
     The weights have timm's names where timm has the model, so that timm and transformers load the folder as it is; else pycls's.
     `config.json` says which, under streamlearn.keys.
     """
+    import safetensors.torch  # here: whoever only reads snapshots does not wait for torch
+
     in_timm = bool(keys.timm_architecture(export.backbone, export.stem))
     named = {keys.to_timm(name) if in_timm else name: weight for name, weight in export.weights.items()}
     weights = {name: named[name].contiguous() for name in sorted(named)}
