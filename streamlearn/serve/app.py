@@ -97,13 +97,14 @@ async def _signed(request: web.Request, response: web.StreamResponse) -> None:
 
 async def _word(request: web.Request, refused: Refused) -> web.StreamResponse:
     """A refusal as the client's protocol has it."""
-    message = " ".join(refused.message.split()).encode("ascii", "replace").decode()  # it goes into a header too
+    message = "".join(c if " " <= c <= "~" else "?" for c in refused.message)  # it goes into a header too
     if request.path.startswith("/v2"):
         code = refused.code or OCI_CODES.get(refused.status, "UNKNOWN")
         body = json.dumps({"errors": [{"code": code, "message": message, "detail": {}}]})
         return web.Response(status=refused.status, text=body, content_type="application/json", headers=refused.headers)
     if request.path.startswith("/api/") or "/resolve/" in request.path:
-        headers = {"X-Error-Message": message[:400], **refused.headers} | ({"X-Error-Code": refused.code} if refused.code else {})
+        code = refused.code or ("RepoNotFound" if refused.status == 401 and refused.message != INVALID else "")  # as huggingface.co has it
+        headers = {"X-Error-Message": message[:400], **refused.headers} | ({"X-Error-Code": code} if code else {})
         return web.json_response({"error": message}, status=refused.status, headers=headers)
     page = await asyncio.to_thread(failure, refused.status, message)
     return web.Response(status=refused.status, text=page, content_type="text/html", headers=refused.headers)

@@ -16,12 +16,12 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line);white-space:nowrap}th{font-weight:600;color:var(--soft)}
 th:first-child,td:first-child{text-align:left}table.card td,table.card th{text-align:left;white-space:normal;min-width:7em}
-pre{background:#f0f3f7;border-radius:8px;padding:10px 12px;margin:.3rem 0 .9rem;overflow-x:auto;font-size:.82rem;line-height:1.45}
+pre{background:#f0f3f7;border-radius:8px;padding:10px 12px;margin:.3rem 0 .9rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;line-height:1.45}
 code{font-size:.88em}p{margin:.4rem 0}ul{margin:.3rem 0;padding-left:1.2rem}dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 16px;margin:0}
 dt{color:var(--soft);font-size:.88rem}dd{margin:0;min-width:0}.tag{display:inline-block;border-radius:99px;padding:0 8px;font-size:.78rem;
 background:#e7eefc;color:#174ea6;margin-left:4px}.tag.stable{background:#e3f4e7;color:#1e6b33}.tag.best{background:#fdefd8;color:#8a4b00}
 nav{display:flex;gap:16px;flex-wrap:wrap;margin:.6rem 0 0}.to{font-weight:600;margin:0}
-@media(max-width:560px){main{padding:10px}section{padding:12px}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
+@media(max-width:560px){svg{min-width:520px}main{padding:10px}section{padding:12px}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
 """
 
 
@@ -62,8 +62,11 @@ def short(digest: str) -> str:
     return f"<code class=soft>{html.escape(digest[7:19])}</code>"
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+def sized(size: int) -> str:
+    for unit, letter in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {letter}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def percent(value: object) -> str:

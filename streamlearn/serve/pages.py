@@ -13,11 +13,11 @@ from streamlearn.serve.card import render
 from streamlearn.serve.commands import base, commands
 from streamlearn.serve.figures import BANKS, Curves, by_bank, measured
 from streamlearn.serve.hub import front_matter
-from streamlearn.serve.look import badges, facts, link, megabytes, page, percent, section, short, table, tiles
+from streamlearn.serve.look import badges, facts, link, page, percent, section, short, sized, table, tiles
 from streamlearn.serve.shelf import Contents, Shelf
 from streamlearn.snapshots.package import LINEAGE
 
-ROWS = 50  # snapshots on a page of the list
+ROWS = 30  # snapshots on a page of the list
 ANCESTORS = 12  # of a lineage
 PAGE = re.compile(r"[0-9]{1,6}")
 IMAGE = "org.opencontainers.image."
@@ -81,8 +81,10 @@ class Pages:
             row = contents.index.tagged(channel)
             if row is not None:
                 version = next((tag for tag in contents.tags[row.digest] if VERSION.fullmatch(tag)), row.digest[:19])
-                rows.append([badges([channel]), link(row.digest, version), short(row.digest)])
-        body = table(["channel", "points to", "digest"], rows) if rows else "<p>None yet.</p>"
+                found = by_bank(self.shelf.results(row.digest))
+                figures = ", ".join(f"{html.escape(bank)} {percent(found[bank].get('knn'))}" for bank in sorted(found)[:BANKS])
+                rows.append([badges([channel]), link(row.digest, version), figures or "–", short(row.digest)])
+        body = table(["channel", "points to", "k-NN", "digest"], rows) if rows else "<p>None yet.</p>"
         return section("Channels", body, "Tags that move; a version never does. <code>main</code> is stable, else candidate.")
 
     def _list(self, contents: Contents, number: int) -> str:
@@ -96,17 +98,15 @@ class Pages:
         for step, digest in shown:
             channels = [tag for tag in contents.tags[digest] if not VERSION.fullmatch(tag)]
             size = sum(file.size for file in self.shelf.files(digest).values())
-            figures = [percent(found[digest].get(bank, {}).get("knn")) for bank in banks]
-            when = html.escape(self.shelf.marks(digest).get(IMAGE + "created", "–")[:10])
-            rows.append(
-                [link(f"0.{step}.0", f"0.{step}.0") + badges(channels), *figures, f"{step:,}", when, megabytes(size), short(digest)]
-            )
+            figures = [percent(found[digest].get(bank, {}).get(key)) for bank in banks for key in ("knn", "ridge")]
+            when = html.escape(self.shelf.marks(digest).get(IMAGE + "created", "–")[:16].replace("T", " "))
+            rows.append([link(f"0.{step}.0", f"0.{step}.0") + badges(channels), *figures, f"{step:,}", when, sized(size), short(digest)])
         turn = " · ".join(
             [f"<a href='/?page={number - 1}'>newer</a>"] * (number > 1)
             + [f"page {number} of {pages}"]
             + [f"<a href='/?page={number + 1}'>older</a>"] * (number < pages)
         )
-        head = ["snapshot", *(f"k-NN {bank}" for bank in banks), "step", "learnt up to", "size", "digest"]
+        head = ["snapshot", *(f"{probe} {bank}" for bank in banks for probe in ("k-NN", "ridge")), "step", "learnt up to", "size", "digest"]
         return section("Snapshots", table(head, rows) + (f"<nav>{turn}</nav>" if pages > 1 else ""))
 
     def _snapshot(self, url: str, reference: str) -> str:
@@ -132,6 +132,7 @@ class Pages:
         window = marks.get(LINEAGE + "window", "").replace("/", " to ", 1)
         found = [
             ("digest", f"<code>{html.escape(digest)}</code>"),
+            ("digest before it", f"<code>{html.escape(marks.get(LINEAGE + 'parent.digest', ''))}</code>"),
             ("step", html.escape(marks.get(LINEAGE + "step", ""))),
             ("learnt from images fetched", html.escape(window)),
             ("generation", html.escape(marks.get(LINEAGE + "generation", ""))),
@@ -149,10 +150,10 @@ class Pages:
             try:
                 self.shelf.manifest(parent)
             except NotFound:
-                chain.append(f"{short(parent)} (not here any more)")
+                chain.append(f"{html.escape(parent[:19])} (not here any more)")
                 break
             version = next((tag for tag in contents.tags.get(parent, ()) if VERSION.fullmatch(tag)), parent[:19])
-            chain.append(f"{link(parent, version)} {short(parent)}")
+            chain.append(link(parent, version))
             at = parent
         before = " ← ".join(chain) or "none: this is where the run began"
         more = " ← …" if len(chain) == ANCESTORS else ""
@@ -173,7 +174,7 @@ class Pages:
     def _files(self, digest: str, name: str) -> str:
         at = f"/{self.shelf.repository}/resolve/{name if not name.startswith('sha256:') else digest[7:47]}"
         rows = [
-            [f"<a href='{html.escape(f'{at}/{f.name}?download=true')}'>{html.escape(f.name)}</a>", megabytes(f.size), short(f.digest)]
+            [f"<a href='{html.escape(f'{at}/{f.name}?download=true')}'>{html.escape(f.name)}</a>", sized(f.size), short(f.digest)]
             for f in self.shelf.files(digest).values()
         ]
         return section("Files", table(["file", "size", "sha256"], rows))
