@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -42,8 +43,6 @@ def look(url, folder, *, width, height):
         return asyncio.run(asyncio.wait_for(_look(url, profile, process, width, height), DEADLINE_S))
     finally:
         with contextlib.suppress(ProcessLookupError):
-            import os
-
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(DEADLINE_S)
 
