@@ -107,7 +107,7 @@ class Shelf:
             match layer:
                 case {"digest": str(blob), "size": int(size), "annotations": {**marks}}:
                     name = marks.get(TITLE)
-                    if isinstance(name, str) and FILE.fullmatch(name) and ".." not in name:
+                    if isinstance(name, str) and FILE.fullmatch(name):
                         found[name] = File(name, blob, size)
         return found
 

@@ -96,6 +96,13 @@ def test_a_large_damaged_file_is_broken_off_before_its_end_and_then_refused(tmp_
         assert served.ask(f"/v2/team/model/blobs/{digest}", "HEAD")[0] == 500
 
 
+def test_no_part_of_a_large_damaged_file_is_sent_though_nobody_asked_for_the_whole(tmp_path, large_is_small):
+    with serving(filled(tmp_path, steps=(1,))) as served:
+        digest, path = served.blob("model.safetensors")
+        flip(path, 1_500_000)
+        assert served.ask(f"/v2/team/model/blobs/{digest}", Range="bytes=0-9")[0] == 500
+
+
 def test_a_large_sound_file_is_sent_whole_and_in_parts(tmp_path, large_is_small):
     with serving(filled(tmp_path, steps=(1,))) as served:
         digest, path = served.blob("model.safetensors")
@@ -114,6 +121,7 @@ def test_an_index_that_cannot_be_read_is_said_by_the_role_and_refused(tmp_path):
         assert served.ask("/v2/team/model/tags/list")[0] == 200
 
 
+@pytest.mark.slow
 def test_half_a_gigabyte_is_served_in_flat_memory_whole_in_parts_and_to_many(tmp_path):
     layout = OciLayout(tmp_path / "registry")
     source, piece = tmp_path / "source", random.Random(1).randbytes(2**20)
