@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
     "report": ("streamlearn.cli.report", "report", "Write the report page."),
     "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull, verify, copy and export published models."),
+    "serve": ("streamlearn.cli.serve", "serve", "Let others pull snapshots: OCI registry, Hugging Face Hub, a page."),
     "probe": ("streamlearn.cli.probe", "probe", "Measure and compare snapshots: run, finetune, compare, matrix, drift."),
     "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),
     "connectors": ("streamlearn.cli.connectors", "connectors", "List, validate, plan, start, pause and delete sources."),

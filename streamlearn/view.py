@@ -15,7 +15,7 @@ from streamlearn.contract.durable import read_lines
 from streamlearn.contract.status import read_status
 
 BARS = "▁▂▃▄▅▆▇█"
-ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve")
 INGEST = (
     *("stored", "images_per_s", "lag", "shards", "spool_bytes", "last_shard_at", "outcomes"),
     *("waiting", "waiting_since", "waiting_s", "waiting_at"),

@@ -23,6 +23,7 @@ MAY = {
         "streamlearn.stream.decode",
         "streamlearn.stream.views",
     },
+    "streamlearn.serve": {"streamlearn.contract", "streamlearn.snapshots", "streamlearn.report.plots"},
     "streamlearn.demo": {"streamlearn.contract"},
     "ingest": {"streamlearn.contract"},
 }

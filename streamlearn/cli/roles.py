@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from streamlearn.contract.object_store import FolderStore, ObjectStore
 from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.status import Heartbeat
 
-ROLES = ("demo", "connect", "fetch", "train", "evaluate")
+ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve")
 CATALOG = "catalog/shards"
 logger = logging.getLogger("streamlearn")
 
@@ -70,13 +71,19 @@ class Home:
 @click.option("--config", "file", type=click.Path(path_type=Path), help="A TOML file.  [default: HOME/config.json, as `up` writes it]")
 def role(name: str, folder: Path, file: Path | None) -> None:
     """Run one role of the loop: what `up` starts for each, and what a container runs."""
+    folder = folder.resolve()
+    in_this_process(name, folder, lambda: _config(folder, file))
+
+
+def in_this_process(name: str, folder: Path, config: Callable[[], Config]) -> None:
+    """Until it ends or is told to; then the process ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     code = 0
     try:
-        _run(name, folder.resolve(), file, stop)
+        _run(name, folder, config(), stop)
     except ConfigError as e:
         click.echo(f"error: {e}", err=True)
         code = 2
@@ -90,15 +97,13 @@ def role(name: str, folder: Path, file: Path | None) -> None:
     os._exit(code)
 
 
-def _run(name: str, folder: Path, file: Path | None, stop: threading.Event) -> None:
-    config = _config(folder, file)
+def _run(name: str, folder: Path, config: Config, stop: threading.Event) -> None:
     registry = CollectorRegistry()
     heartbeat = Heartbeat(folder, name)
     port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
     heartbeat.beat(metrics_port=serve(port, registry, heartbeat), state="starting", force=True)
-    {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate}[name](
-        config, Home(folder, config), registry, heartbeat, stop
-    )
+    roles = {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate, "serve": _serve}
+    roles[name](config, Home(folder, config), registry, heartbeat, stop)
     heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
 
 
@@ -106,7 +111,7 @@ def _config(folder: Path, file: Path | None) -> Config:
     if file is not None:
         config = config_file.load(file)
         folder.mkdir(parents=True, exist_ok=True)
-        return config.model_copy(update={"home": str(folder)})
+        return config.model_copy(update={"home": str(folder), "serve": config.serve.beside(file.parent)})
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it, or name a TOML file with --config")
@@ -145,3 +150,9 @@ def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat
     # positions are the log's matter: the evaluator only follows, and needs no log
     intake = (home.catalog(""), home.store()) if config.probe.drift_window else None
     run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop, home=home.path, intake=intake)
+
+
+def _serve(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from streamlearn.serve.run import run_serve
+
+    run_serve(config, OciLayout(home.path / "registry"), metrics.ServeMetrics(registry), heartbeat, stop)

@@ -132,7 +132,8 @@ def _absolute(config: Config, file: Path) -> Config:
         build(connector, str(file))  # here its complaints can name the file
     connectors = tuple(absolute(c, file.parent.resolve()) for c in config.connectors)
     banks = tuple(b.model_copy(update={"train": at(b.train), "test": at(b.test)}) for b in config.probe.banks)
-    return config.model_copy(update={"connectors": connectors, "probe": config.probe.model_copy(update={"banks": banks})})
+    probe = config.probe.model_copy(update={"banks": banks})
+    return config.model_copy(update={"connectors": connectors, "probe": probe, "serve": config.serve.beside(file.parent)})
 
 
 def _prepare(config: Config, folder: Path) -> None:
@@ -159,6 +160,10 @@ def _prepare(config: Config, folder: Path) -> None:
     from streamlearn.probes.evaluator import check_banks
 
     check_banks(config)
+    if config.serve.enabled:
+        from streamlearn.serve.run import check
+
+        check(config)
     durable.write(path, config.model_dump_json(indent=1).encode())
 
 
@@ -182,7 +187,14 @@ def _run(config: Config, folder: Path, seconds: float | None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    names = [*(["demo"] if config.demo.enabled else []), "connect", "fetch", "train", "evaluate"]
+    names = [
+        *(["demo"] if config.demo.enabled else []),
+        "connect",
+        "fetch",
+        "train",
+        "evaluate",
+        *(["serve"] if config.serve.enabled else []),
+    ]
     # torch's OpenMP threads spin while they wait, which on a machine shared by all roles costs the others (and itself) most of their time
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     specs = [RoleSpec(n, [sys.executable, "-m", "streamlearn", "role", n, "--home", str(folder)]) for n in names]

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from streamlearn.contract.config_probe import BankConfig, ProbeConfig
+from streamlearn.contract.config_serve import ServeConfig
 from streamlearn.contract.config_snapshots import SnapshotsConfig
 from streamlearn.contract.config_stream import CropConfig, StreamConfig
 from streamlearn.contract.event_log import OURS
@@ -19,7 +20,7 @@ from streamlearn.contract.section import Fraction, Section
 
 __all__ = [
     "BankConfig", "Config", "ConnectConfig", "ConnectorConfig", "CropConfig", "DatasetConfig", "DemoConfig", "FetchConfig", "Fraction",
-    "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ShardConfig",
+    "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ServeConfig", "ShardConfig",
     "SnapshotsConfig", "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
 ]  # fmt: skip
 
@@ -313,6 +314,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
+    serve: ServeConfig = ServeConfig()
     probe: ProbeConfig = ProbeConfig()
     demo: DemoConfig = DemoConfig()
     supervise: SuperviseConfig = SuperviseConfig()

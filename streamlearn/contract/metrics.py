@@ -19,6 +19,9 @@ EVALUATED = (
     *("effective_rank", "rankme", "participation_ratio", "alpha_req", "uniformity", "alignment", "lidar"),
     *("code_entropy", "prototype_perplexity"),
 )  # label-free measures
+PULLED_BY = ("oci", "hf")  # protocols
+PULLED_AS = ("candidate", "stable", "best", "version", "digest", "other")  # how a snapshot was named
+REFUSED_FOR = ("unauthorized", "forbidden", "unknown", "malformed", "read_only", "out_of_range")
 
 
 class ConnectMetrics:
@@ -137,6 +140,22 @@ class EvaluatorMetrics:
         self.heartbeat = Gauge("evaluator_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
 
 
+class ServeMetrics:
+    def __init__(self, registry: CollectorRegistry):
+        self.pulls = Counter("serve_pulls", "Snapshots pulled, by how they were named", ["protocol", "tag"], registry=registry)
+        self.bytes = Counter("serve_sent_bytes", "Bytes of files and manifests sent", ["protocol"], registry=registry)
+        for protocol in PULLED_BY:
+            self.bytes.labels(protocol)
+            for tag in PULLED_AS:
+                self.pulls.labels(protocol, tag)
+        self.refused = Counter("serve_refused", "Requests refused, by reason", ["reason"], registry=registry)
+        for reason in REFUSED_FOR:
+            self.refused.labels(reason)
+        self.corrupt = Counter("serve_corrupt", "Answers withheld or broken off because the bytes on disk are damaged", registry=registry)
+        self.snapshots = Gauge("serve_snapshots", "Versions that can be pulled", registry=registry)
+        self.heartbeat = Gauge("serve_heartbeat_timestamp_seconds", "When the role last went round its loop", registry=registry)
+
+
 class DemoMetrics:
     def __init__(self, registry: CollectorRegistry):
         self.announced = Counter("demo_urls_announced", "URLs written to the list", registry=registry)
@@ -147,6 +166,6 @@ class DemoMetrics:
 def declared() -> set[str]:
     """Names of all metrics, as Prometheus shows them without suffixes."""
     registry = CollectorRegistry()
-    for role in (ConnectMetrics, FetchMetrics, LearnerMetrics, EvaluatorMetrics, DemoMetrics):
+    for role in (ConnectMetrics, FetchMetrics, LearnerMetrics, EvaluatorMetrics, ServeMetrics, DemoMetrics):
         role(registry)
     return {metric.name for metric in registry.collect()}

@@ -21,6 +21,7 @@ from streamlearn.snapshots.keys import TIMM, to_timm
 from streamlearn.snapshots.publish import publish
 from streamlearn.snapshots.pull import pull
 from streamlearn.snapshots.trunk import load_trunk
+from tests.serve.serving import TOKEN, serving, tokens
 from tests.snapshots.test_package import large
 
 PYTHON = os.environ.get("STREAMLEARN_FRAMEWORKS", "")
@@ -45,11 +46,26 @@ def found(tmp_path_factory):
     argv = [PYTHON, str(Path(__file__).with_name("in_frameworks.py")), str(folder)]
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"folder": folder}
 
 
 def test_timm_and_transformers_compute_what_we_compute_with_difference_zero(found):
     assert found["difference"] == {"timm": 0.0, "transformers": 0.0, "vissl, as timm reads it": 0.0}, found["versions"]
+
+
+@pytest.mark.parametrize(("settings", "revision"), [({}, "0.7.0"), ({}, "main"), ({"tokens_file": "tokens"}, "candidate")])
+def test_timm_and_transformers_pull_by_name_from_serve_with_difference_zero(tmp_path, found, settings, revision):
+    if settings:
+        settings = {"tokens_file": tokens(tmp_path)}
+    with serving(OciLayout(found["folder"] / "registry"), **settings) as served:
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+        env |= {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN if settings else ""}
+        argv = [PYTHON, str(Path(__file__).with_name("from_hub.py")), str(found["folder"]), "team/model", revision]
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == {"timm": 0.0, "transformers": 0.0}
+        label = {"0.7.0": "version", "main": "candidate"}.get(revision, revision)
+        assert served.counted("serve_pulls_total", protocol="hf", tag=label) >= 1 and served.counted("serve_corrupt_total") == 0
 
 
 def test_transformers_takes_every_tensor_and_misses_none(found):
