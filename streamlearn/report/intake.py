@@ -122,8 +122,8 @@ def drift(told: Told) -> str:
         return section("drift", title, missing("Drift is not watched.", "<code>probe.drift_window</code> is 0; 4096 switches it on."))
     sources = told.drift.value.get("sources", {})
     drawn = [_source(name, rows) for name, source in sorted(sources.items()) if (rows := _windows(source))]
-    rows = [_state(name, source, window) for name, source in sorted(sources.items())[:SOURCES]]
-    if not rows:
+    states = [_state(name, source, window) for name, source in sorted(sources.items())[:SOURCES]]
+    if not states:
         how = (
             f"A source is looked at when {window:,} of its images are stored (<code>probe.drift_window</code>) and a snapshot is published."
         )
@@ -134,7 +134,7 @@ def drift(told: Told) -> str:
         f"{told.config.probe.drift_false_alarm:.0%} of the windows of an unchanged source exceed, they differ."
     )
     marks = [("var(--blue)", "", "distance"), ("var(--red)", "dots", "threshold, by bootstrap"), ("var(--red)", "●", "drift")]
-    return section("drift", title, key(marks) + grid(drawn[:SOURCES]) if drawn else "", table(head, rows), note=note)
+    return section("drift", title, key(marks) + grid(drawn[:SOURCES]) if drawn else "", table(head, states), note=note)
 
 
 def _windows(source: Mapping[str, Any]) -> list[Line]:

@@ -27,7 +27,9 @@ def learning(told: Told) -> str:
         return section(
             "loss",
             title,
-            missing("Nothing learnt yet.", "The learner writes a line every ten steps; `streamlearn status` says what it waits for."),
+            missing(
+                "Nothing learnt yet.", "The learner writes a line every ten steps; <code>streamlearn status</code> says what it waits for."
+            ),
         )
     events = _marks(told)
     loss = [(x["step"], y) for x in lines if (y := figure(x, "loss")) is not None]

@@ -40,7 +40,7 @@ def build_report(home: Path, config: Config, store: ObjectStore, out: Path, chan
         pictures.gallery(told),
     ]
     name = esc(config.train.name)
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
     head += f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>{name}</title>'
     made = f"streamlearn, made {clock(told.now.isoformat())} UTC, last step recorded {clock((told.learnt.lines or [{}])[-1].get('at', 'never'))}"
     links = "<nav aria-label=Sections>" + "".join(f"<a href='#{key}'>{words}</a>" for key, words in LINKS.items()) + "</nav>"

@@ -4,7 +4,7 @@ The page sets headings and keys around them, in its own type.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import matplotlib.dates
@@ -82,11 +82,11 @@ def _intervals(axis: Axes, entries: Lines, name: str) -> None:
     ]
     if not rows:
         return
-    x, low, high = (np.array(column) for column in zip(*rows, strict=True))
+    x, bottom, top = np.array(rows).T
     if len(rows) > BARS:
-        axis.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        axis.fill_between(x, bottom, top, color=BLUE, alpha=0.2, linewidth=0)
     else:
-        axis.vlines(x, low, high, color=BLUE, alpha=0.45, linewidth=2.5)
+        axis.vlines(x, bottom, top, color=BLUE, alpha=0.45, linewidth=2.5)
 
 
 def _uprights(axis: Axes, changes: Sequence[tuple[float, str]]) -> None:
@@ -174,15 +174,16 @@ def over_time(
     times: Sequence[datetime], values: Sequence[float], unit: str, *, thresholds: Sequence[float] = (), size: tuple[float, float] = WIDE
 ) -> str:
     """Values at times in UTC; with `thresholds`, one a value, what exceeds its own is red."""
+    at = np.array([t.astimezone(UTC).replace(tzinfo=None) for t in times], "datetime64[ms]")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=size, layout="constrained")
-        axis.plot(times, values, color=BLUE, linewidth=1.8, marker="o" if thresholds and len(times) <= BARS else "", markersize=3.5)
+        axis.plot(at, values, color=BLUE, linewidth=1.8, marker="o" if thresholds and len(times) <= BARS else "", markersize=3.5)
         if thresholds:
-            axis.plot(times, thresholds, color=RED, linestyle=":", linewidth=1.3)
+            axis.plot(at, thresholds, color=RED, linestyle=":", linewidth=1.3)
             beyond = [i for i, (v, t) in enumerate(zip(values, thresholds, strict=True)) if v > t]
-            axis.plot([times[i] for i in beyond], [values[i] for i in beyond], "o", color=RED, markersize=5.5, zorder=5)
-        axis.xaxis.set_major_locator(locator := matplotlib.dates.AutoDateLocator(minticks=3, maxticks=5))
-        axis.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
+            axis.plot(at[beyond], [values[i] for i in beyond], "o", color=RED, markersize=5.5, zorder=5)
+        axis.xaxis.set_major_locator(locator := matplotlib.dates.AutoDateLocator(minticks=3, maxticks=5))  # type: ignore[no-untyped-call]
+        axis.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         plain = ScalarFormatter(useOffset=False) if thresholds else StrMethodFormatter("{x:,.0f}")
         axis.yaxis.set_major_formatter(plain)
         axis.set_ylim(bottom=0)

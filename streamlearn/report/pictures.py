@@ -50,7 +50,7 @@ def _neighbours(told: Told, known: Document) -> str:
 
 
 def _bank(told: Told, value: Mapping[str, Any]) -> str:
-    columns = [("raw pixels", [], value["pixels"])]
+    columns: list[tuple[str, list[str], Any]] = [("raw pixels", [], value["pixels"])]
     columns += [(f"step {c['step']:,}", told.tags(c["digest"]), c) for c in value["columns"]]
     tags = ("".join(f" <span class=tag>{esc(tag)}</span>" for tag in marks) for _, marks, _ in columns)
     head = [

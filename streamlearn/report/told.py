@@ -48,8 +48,9 @@ class Told:
 
     @cached_property
     def banks(self) -> dict[str, list[Line]]:
-        """Bank -> its entries, by step."""
-        found: dict[str, list[Line]] = {}
+        """Bank -> its entries, by step; in the order of the configuration, then as they were first measured."""
+        seen = {entry["bank"] for entry in self.entries}
+        found: dict[str, list[Line]] = {bank.name: [] for bank in self.config.probe.banks if bank.name in seen}
         for entry in self.entries:
             found.setdefault(entry["bank"], []).append(entry)
         return found
@@ -73,7 +74,7 @@ class Told:
     @cached_property
     def quarters(self) -> list[tuple[float, str]]:
         """The demo's quarters, at the step that was being taken when they began."""
-        found = []
+        found: list[tuple[float, str]] = []
         for line in read_lines(self.home / "history" / "demo.jsonl"):
             quarter = figure(line, "quarter")
             if line.get("event") == "quarter" and quarter:
