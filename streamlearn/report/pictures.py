@@ -25,6 +25,8 @@ def retrieval(told: Told) -> str:
     title = "What it finds alike"
     files = sorted((told.home / "retrieval").glob("*.json"))
     found = [document(path, "bank", "queries", "pixels", "columns", "images", schema=SCHEMA) for path in files]
+    order = list(told.banks)
+    found.sort(key=lambda d: order.index(name) if (name := d.value.get("bank")) in order else len(order))
     shown = [part for known in found if (part := _neighbours(told, known))]
     if not shown:
         how = "They come with the next snapshot that is measured on a bank; the role <code>evaluate</code> adds them."
