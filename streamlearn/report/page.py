@@ -53,8 +53,8 @@ def _tiles(told: Told) -> str:
     newest = (told.learnt.lines or [{}])[-1]
     train = {k: newest[k] for k in ("step", "images", "fresh", "lr") if k in newest} | told.status.get("train", {})
     tiles = [
-        (f"{train.get('step', 0):,}", "steps"),
-        (f"{train.get('images', 0):,}", f"images learnt, {train.get('fresh', 0):,} of them fresh"),
+        (_short(train.get("step", 0)), "steps"),
+        (_short(train.get("images", 0)), f"images learnt, {_short(train.get('fresh', 0))} of them fresh"),
         (view.number(train.get("lr")), f"learning rate, {train.get('halvings', told.learnt.counts['halved'])} halvings"),
         (esc((train.get("last_snapshot") or {}).get("tag", "–")), "last snapshot"),
         *probing.tiles(told),
@@ -64,6 +64,10 @@ def _tiles(told: Told) -> str:
         + "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
         + "</section>"
     )
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10_000_000 else f"{count / 1e6:,.0f} million"
 
 
 def _notices(told: Told) -> str:

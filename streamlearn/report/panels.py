@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
-from streamlearn.report.past import figure as number
+from streamlearn.report.past import bounds
 from streamlearn.report.plots import BLUE, GREEN, INK, ORANGE, RED, SOFT, STYLE, smooth, svg
 
 SIZE, WIDE = (4.0, 2.4), (4.7, 2.7)  # inches at 72 to the page's pixel and a third
@@ -75,11 +75,7 @@ def _side(x: Sequence[int], at: int) -> str:
 
 
 def _intervals(axis: Axes, entries: Lines, name: str) -> None:
-    rows = [
-        (e["step"], 100 * low, 100 * high)
-        for e in entries
-        if (low := number(e, f"{name}_low")) is not None and (high := number(e, f"{name}_high")) is not None
-    ]
+    rows = [(e["step"], 100 * held[0], 100 * held[1]) for e in entries if (held := bounds(e, name)) is not None]
     if not rows:
         return
     x, bottom, top = np.array(rows).T

@@ -37,6 +37,14 @@ def moment(at: object) -> datetime | None:
     return then if then.tzinfo else then.replace(tzinfo=UTC)
 
 
+def bounds(entry: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Of a probe: its 95 % interval, or, where several draws were made, a standard deviation about their mean."""
+    low, high, middle, spread_ = (figure(entry, key) for key in (f"{name}_low", f"{name}_high", name, f"{name}_deviation"))
+    if low is not None and high is not None:
+        return low, high
+    return None if middle is None or spread_ is None else (middle - spread_, middle + spread_)
+
+
 class Thinned:
     """At most twice `POINTS` lines of a stream, evenly: whenever there are more, every second one goes and half as many are taken.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from streamlearn.report import panels
 from streamlearn.report.learning import generations
 from streamlearn.report.parts import clock, drawing, esc, grid, key, missing, percent, row, section, table
-from streamlearn.report.past import Line, figure, spread
+from streamlearn.report.past import Line, bounds, figure, spread
 from streamlearn.report.told import Told
 
 PROBES = {
@@ -26,12 +26,12 @@ def probing(told: Told) -> str:
     title = "Is it getting better?"
     if not told.entries:
         return section("probes", title, missing("No snapshot has been measured yet.", _how(told)))
-    drawn = [_panel(told, bank, name, rows) for bank, lines in told.banks.items() for name in PROBES if (rows := _with(lines, name))]
-    more = (
-        f"<p class=soft>And {len(drawn) - PANELS} more: <code>streamlearn probe matrix --json</code> has all.</p>"
-        if len(drawn) > PANELS
-        else ""
-    )
+    wanted = [(bank, name, rows) for bank, lines in told.banks.items() for name in PROBES if (rows := _with(lines, name))]
+    drawn: dict[str, list[str]] = {}
+    for bank, name, rows in wanted[:PANELS]:
+        drawn.setdefault(bank, []).append(_panel(told, bank, name, rows))
+    left = len(wanted) - PANELS
+    more = f"<p class=soft>And {left} more: <code>streamlearn probe matrix --json</code> has all.</p>" if left > 0 else ""
     note = "Frozen features of every published snapshot, measured on labelled images it never learnt from; the upright bars are 95 % intervals."
     marks = [
         ("var(--blue)", "", "snapshots"),
@@ -40,7 +40,7 @@ def probing(told: Told) -> str:
         ("var(--soft)", "dash", "a generation begins"),
         *([("var(--green)", "◆", ", ".join(map(esc, told.channels)))] if told.channels else []),
     ]
-    return section("probes", title, key(marks), grid(drawn[:PANELS]), more, note=note)
+    return section("probes", title, key(marks), *(f"<h3>{esc(bank)}</h3>{grid(plots)}" for bank, plots in drawn.items()), more, note=note)
 
 
 def _how(told: Told) -> str:
@@ -63,11 +63,11 @@ def _panel(told: Told, bank: str, name: str, rows: list[Line]) -> str:
     changes = [(step, what) for step, what in generations(told) if first < step <= final]
     said = f"{percent(last[name])}{_interval(last, name)} at step {final:,}"
     best = max(rows, key=lambda e: float(e[name]))
-    if best is not last:
+    if best[name] > last[name]:
         said += f"; best {percent(best[name])} at step {best['step']:,}"
     against = "".join(f"; {word} {percent(base[style])}" for style, word in (("--", "untrained"), (":", "raw pixels")) if style in base)
     alt = f"{PROBES[name]} on {bank}: {len(rows)} snapshots, first {percent(rows[0][name])}, {said}{against}"
-    caption = f"{esc(bank)} · {PROBES[name]}{_metric(last)}"
+    caption = f"{PROBES[name]}{_metric(last)}"
     return drawing(caption, panels.probe(shown, name, marks, baselines=base, changes=changes), alt, esc(said + against))
 
 
@@ -76,8 +76,11 @@ def _metric(entry: Line) -> str:
 
 
 def _interval(entry: Line, name: str) -> str:
-    low, high = figure(entry, f"{name}_low"), figure(entry, f"{name}_high")
-    return "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    held = bounds(entry, name)
+    if held is None:
+        return ""
+    draws = ", one deviation of the draws" if f"{name}_low" not in entry else ""
+    return f" ({100 * held[0]:.1f} to {100 * held[1]:.1f}{draws})"
 
 
 def _known(rows: Sequence[Line], name: str) -> float | None:

@@ -79,12 +79,13 @@ def test_a_new_home_says_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("name", ["continual.json", "drift/state.json", "history/gallery.json", "retrieval/b.json"])
 @pytest.mark.parametrize("what", ["torn", "another's", "a list"])
-def test_a_file_that_cannot_be_read_is_said_and_the_rest_is_shown(home, name, what):
-    path = home / name
+def test_a_file_that_cannot_be_read_is_said_and_the_rest_is_shown(tmp_path, name, what):
+    tell(tmp_path, "fetch", {"stored": 500, "outcomes": {"stored": 500}})
+    path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text({"torn": '{"schema": "streamlearn.drift/1", "sou', "another's": '{"schema": "other/9"}', "a list": "[1, 2]"}[what])
-    page = page_of(home)
-    assert f"{path.name} cannot be read" in page and part(page, "probes").count("<svg") == 2
+    page = page_of(tmp_path)
+    assert f"{path.name} cannot be read" in page and part(page, "intake").count("<svg") == 1
 
 
 def test_lines_of_another_version_are_left_out(home):
@@ -133,7 +134,7 @@ def test_channels_are_marked_where_they_point(home):
 @pytest.mark.parametrize(
     ("interval", "words"), [([-0.2, -0.1], "it forgets"), ([0.1, 0.2], "helped"), ([-0.1, 0.2], "no change"), (None, "")]
 )
-def test_the_matrix_is_told_in_words_that_the_interval_bears_out(home, interval, words):
+def test_the_matrix_is_told_in_words_that_the_interval_bears_out(tmp_path, interval, words):
     measures = {
         "in_domain": 0.4,
         "backward": 0.35,
@@ -149,17 +150,17 @@ def test_the_matrix_is_told_in_words_that_the_interval_bears_out(home, interval,
         "untrained": [0.2, None],
     }
     found |= {"measures": measures, "intervals": {"backward_transfer": interval} if interval else {}, "by_snapshot": []}
-    (home / "continual.json").write_text(json.dumps({"schema": "streamlearn.continual/1", "probes": {"knn": found}, "prequential": []}))
-    told_ = part(page_of(home), "transfer")
+    (tmp_path / "continual.json").write_text(json.dumps({"schema": "streamlearn.continual/1", "probes": {"knn": found}, "prequential": []}))
+    told_ = part(page_of(tmp_path), "transfer")
     assert [w for w in ("it forgets", "helped", "no change") if w in told_] == ([words] if words else [])
     assert "41.2" in told_ and "3.1 points" in told_ and "-5.0 points" in told_ and "&lt;Q4&gt;" in told_ and "On the future" not in told_
 
 
-def test_a_result_that_only_the_registry_had_is_drawn_too(home):
+def test_a_result_that_only_the_registry_had_is_drawn_too(tmp_path):
     row = {"step": 900, "digest": digest(900), "generation": "", "scores": {"world <b>": 0.9}}
     found = {"generations": [], "snapshots": [], "matrix": [], "untrained": [], "measures": {}, "intervals": {}, "by_snapshot": [row]}
-    (home / "continual.json").write_text(json.dumps({"schema": "streamlearn.continual/1", "probes": {"knn": found}, "prequential": []}))
-    page = page_of(home)
+    (tmp_path / "continual.json").write_text(json.dumps({"schema": "streamlearn.continual/1", "probes": {"knn": found}, "prequential": []}))
+    page = page_of(tmp_path)
     assert "90.0% at step 900" in page and "0.900.0" in part(page, "snapshots")
 
 
