@@ -32,7 +32,7 @@ from streamlearn.probes.features import raw_pixels
 from streamlearn.stream.decode import Pixels
 
 SCHEMA = "streamlearn.retrieval/1"
-QUERIES, NEAR, COLUMNS = 6, 5, 5
+QUERIES, NEAR, COLUMNS = 6, 5, 4
 ASKED = 500  # test images, at most, whose neighbours are counted
 RAW_SIDE = 32  # px of the raw pixels that the snapshots are compared with
 THUMB = 64  # px

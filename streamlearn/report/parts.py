@@ -32,14 +32,14 @@ th:first-child,td:first-child{text-align:left;padding-left:0}code{font-size:.9em
 .bar{display:block;height:9px;border-radius:3px;background:var(--blue)}.bar.no{background:var(--orange)}td.wide{width:14rem;min-width:7rem}
 .row{display:flex;gap:4px;align-items:center;margin:4px 0}.row img{width:72px;height:72px;object-fit:cover;border-radius:4px}
 .row span{width:90px;flex:none}.near{border-collapse:separate;border-spacing:0}.near td,.near th{padding:5px 9px 5px 0;text-align:left;vertical-align:top}
-.near td div{display:flex;gap:3px}.near img{width:40px;height:40px;object-fit:cover;border:3px solid var(--line);border-radius:4px;display:block}
+.near td div{display:flex;gap:2px}.near img{width:35px;height:35px;object-fit:cover;border:3px solid var(--line);border-radius:4px;display:block}
 .near img.ok{border-color:var(--green)}.near img.ask{width:48px;height:48px;border-color:var(--ink)}.near .soft{display:block;font-weight:400;white-space:normal}
-.near th:first-child{min-width:76px;max-width:110px;white-space:normal;overflow-wrap:anywhere}.wrap td{white-space:normal}
+.near th:first-child{min-width:88px;max-width:110px;white-space:normal;overflow-wrap:anywhere}.wrap td{white-space:normal}
 @media(max-width:640px){main{padding:10px}section{padding:12px}.tiles{padding:0}tbody th{white-space:normal}th,td{padding:4px 6px}
 .bars th:last-child,.bars td:last-child{display:none}.row{flex-wrap:wrap;gap:2px}.row span{width:100%}.row span br{display:none}
 .row img{width:calc(12.5% - 2px);height:auto;aspect-ratio:1}.near,.near tbody,.near caption{display:block}.near thead{display:none}
 .near tr{display:block;padding:8px 0;border-bottom:1px solid var(--line)}.near th:first-child{display:flex;gap:8px;align-items:center;max-width:none}
-.near th,.near td{border:0;padding:2px 0}.near td{display:flex;align-items:center}
+.near th,.near td{border:0;padding:2px 0}.near img{width:40px;height:40px}.near td{display:flex;align-items:center}
 .near td::before{content:attr(data-of);width:108px;flex:none;font-size:.8rem;color:var(--soft);white-space:pre-line;line-height:1.25}}
 """
 

@@ -79,8 +79,9 @@ def _words(measure: str, found: Mapping[str, Any]) -> str:
         shown = percent(value)
         bars = f" (95 %: {100 * between[0]:.1f} to {100 * between[1]:.1f})" if between else ""
     else:
-        shown = form.format(x=f"{100 * value:+.1f}" if measure != "forgetting" else f"{100 * value:.1f}")
-        bars = f" (95 %: {100 * between[0]:+.1f} to {100 * between[1]:+.1f})" if between else ""
+        sign = "" if measure == "forgetting" else "+"
+        shown = form.format(x=f"{100 * value:{sign}.1f}")
+        bars = f" (95 %: {100 * between[0]:{sign}.1f} to {100 * between[1]:{sign}.1f})" if between else ""
     return f"<b>{title}:</b> {words} <b>{shown}</b>{bars}{_verdict(measure, value, between)}"
 
 
