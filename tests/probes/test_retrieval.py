@@ -76,8 +76,9 @@ def test_the_queries_are_the_first_of_each_class_and_the_same_for_all_snapshots(
 def test_a_multi_label_neighbour_is_right_if_it_has_a_class_in_common(tmp_path):
     images = np.zeros((12, 8, 8, 3), np.uint8)
     train, test = torch.zeros(12, 3, dtype=torch.int8), torch.zeros(12, 3, dtype=torch.int8)
-    train[:, 0], train[:6, 1], test[:, 1], test[:, 2] = -1, 1, 1, -1
-    train[:, 2] = 1  # not judged in the test images: not in common
+    train[:6, 1] = test[:, 1] = 1
+    train[:, 0], test[:, 0] = -1, 1  # not judged in one of the two: not in common
+    train[:, 2], test[:, 2] = 1, -1
     many = Bank("b", "d", ("x", "y", "z"), Split(images, train), Split(images, test))
     same = {"train": torch.eye(12), "test": torch.eye(12)}
     held = add(tmp_path, many, 1, same)
