@@ -96,7 +96,7 @@ def drifted(home, name="web <i>"):
     (home / "drift" / "state.json").write_text(json.dumps(state))
 
 
-def real(home, data_dir, *, train=24, test=12, steps=(1, 12, 24)):
+def real(home, data_dir, *, train=20, test=10, steps=(1, 16)):
     """CIFAR in two quarters (classes split), a network that learns a little of each, measured by the evaluator."""
     banks = tuple(_bank(home, data_dir, *quarter, train=train, test=test) for quarter in (("2026Q3", range(5)), ("2026Q4", range(5, 10))))
     settings, registry = config(home, banks), OciLayout(home / "registry")

@@ -171,7 +171,7 @@ def test_a_browser_shows_a_real_home_without_complaint_on_a_desk_and_on_a_phone(
     channels = {"candidate": registry.find("candidate").digest}
     page = page_of(tmp_path, channels, config)
     near, heat = part(page, "retrieval"), part(page, "transfer")
-    assert near.count("alt='airplane, right'") > 0 and near.count("<img class=ok") > 20 and "step 48" in near
+    assert near.count("alt='airplane, right'") > 0 and near.count("<img class=ok") > 20 and "step 32" in near
     assert "2026Q3" in heat and "Forgetting" in heat and "95 %" in heat and "candidate" in near
     for width in (DESKTOP_PX, PHONE_PX):
         needs, complaints, shot = looked_at(tmp_path / "report.html", tmp_path, width)
