@@ -2,10 +2,10 @@
 
 They compare snapshots of one run at best; a random network has a high rank too.  Shapes: N images, D features, Q views of an image, K prototypes.
 Eigenvalues lambda_1 >= lambda_2 ... are those of the centred covariance, 1/N sum (z - mean)(z - mean)'; sigma are singular values of Z itself.
+alarms.py has the limits.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -108,29 +108,6 @@ def code_entropy(codes_BK: Tensor) -> float:
     q = codes_BK.double()
     q = q / q.sum(1, keepdim=True)
     return float(torch.special.entr(q).sum(1).mean() / math.log(q.shape[1]))
-
-
-# name -> (below, or above, which value it is raised).  reference/learning.md, 1.3 and 4: rank 1.5 to 3 whenever SwAV had stalled
-ALARMS: dict[str, tuple[str, float]] = {
-    "effective_rank": ("below", 3.0),
-    "rankme": ("below", 3.0),
-    "participation_ratio": ("below", 1.5),
-    "uniformity": ("above", -0.05),
-    "alpha_req": ("above", 5.0),
-    "lidar": ("below", 2.0),
-    "prototype_perplexity": ("below", 0.02),
-    "code_entropy": ("above", 0.98),
-}
-
-
-def alarms(measured: Mapping[str, float]) -> list[str]:
-    """Names of the measures that say `collapsed`; what was not measured, or is no number, says nothing."""
-    raised = []
-    for name, (side, limit) in ALARMS.items():
-        value = measured.get(name)
-        if value is not None and (value < limit if side == "below" else value > limit):
-            raised.append(name)
-    return raised
 
 
 def _rank_of(weights: Tensor, epsilon: float) -> float:

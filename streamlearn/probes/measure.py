@@ -23,6 +23,7 @@ from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.registry import Registry
 from streamlearn.learn.backbones import build
 from streamlearn.probes import label_free
+from streamlearn.probes.alarms import alarms
 from streamlearn.probes.average_precision import eleven_points, mean_ap, mean_ap_interval
 from streamlearn.probes.banks import Bank
 from streamlearn.probes.continual import quarter
@@ -31,6 +32,7 @@ from streamlearn.probes.features import RAW_SIDES, Three, features, of_pixels, r
 from streamlearn.probes.knn import knn_scores
 from streamlearn.probes.linear import good, ridge_scores
 from streamlearn.probes.logistic import SHARES, low_shot, sweep
+from streamlearn.probes.retrieval import add_column
 from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
 from streamlearn.snapshots.artifact import LINEAGE
@@ -79,12 +81,12 @@ def generation_of(registry: Registry, digest: str) -> str:
 
 
 class Measurer:
-    """Measures; keeps features and baselines in the home, so that nothing is computed twice."""
+    """Measures; keeps features and baselines in the home, so that nothing is computed twice; and pictures for the report."""
 
     def __init__(self, config: ProbeConfig, home: Path, turns: Turns, say: Say = lambda _: None):
         self.config, self.turns, self.say = config, turns, say
         self.cache = FeatureCache(home / "features", config.cache_bytes)
-        self.baselines = home / "baselines"
+        self.home, self.baselines = home, home / "baselines"
 
     def protocol(self, kind: str, size: int) -> str:
         """Names all that a figure depends on besides snapshot and bank."""
@@ -103,6 +105,7 @@ class Measurer:
         }  # fmt: skip
         if kind == THOROUGH:
             return head | self._thorough(bank, bank_ND, test_MD)
+        add_column(self.home, bank, found, step=snapshot.step, digest=snapshot.digest)
         free = self._label_free(snapshot, bank, test_MD)
         return head | self._each(bank, bank_ND, test_MD) | self._baseline(snapshot, bank) | free
 
@@ -154,7 +157,7 @@ class Measurer:
             found |= {"alignment": label_free.alignment(views_NQD), "lidar": label_free.lidar(views_NQD)}
         own = {name: float(snapshot.metrics[name]) for name in ("code_entropy", "prototype_perplexity") if name in snapshot.metrics}
         rounded = {name: round(value, 4) for name, value in (found | own).items() if math.isfinite(value)}
-        return rounded | {"alarms": label_free.alarms(rounded)}
+        return rounded | {"alarms": alarms(rounded)}
 
     def _baseline(self, snapshot: Snapshot, bank: Bank) -> dict[str, float]:
         """Raw pixels at their best side, and the mean of untrained networks: measured once for a bank and architecture."""

@@ -16,8 +16,8 @@ from streamlearn.contract.durable import read_lines
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.metrics import EVALUATED, OTHER, EvaluatorMetrics
 from streamlearn.contract.registry import Registry
+from streamlearn.probes.alarms import ALARMS
 from streamlearn.probes.continual import SCHEMA, Row, matrix, prequential
-from streamlearn.probes.label_free import ALARMS
 from streamlearn.probes.measure import generation_of
 from streamlearn.snapshots.publish import results, versions
 

@@ -16,7 +16,12 @@ INK, SOFT, BLUE, ORANGE, GREEN, RED = "#222831", "#9aa4b2", "#1f6feb", "#e8590c"
 STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6e9ee", "figure.facecolor": "white",
-    "axes.axisbelow": True, "svg.hashsalt": "streamlearn", "legend.frameon": False,
+    "axes.axisbelow": True, "svg.hashsalt": "streamlearn", "legend.frameon": False, "text.color": INK,
+    "svg.fonttype": "none", "text.parse_math": False,  # text stays text: it can be read aloud, found, and holds no formula of a stranger's
+}  # fmt: skip
+# what a page may set as it likes (in the dark, for one); where it does not, the drawing has its own
+COLOURS = {
+    INK: "--ink", SOFT: "--soft", BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", RED: "--red", "#e6e9ee": "--grid", "#ffffff": "--card",
 }  # fmt: skip
 Lines = Sequence[dict[str, Any]]
 
@@ -123,11 +128,16 @@ def finish(axis: Axes, x: str, y: str, *, legend: bool = True) -> None:
         axis.legend(fontsize=8)
 
 
-def svg(figure: Figure) -> str:
-    """Inline SVG without the XML header; scales with the page."""
+def svg(figure: Figure, *, tight: bool = True) -> str:
+    """Inline SVG without the XML header; scales with the page.  `tight`: cut to what is drawn, else of the figure's own size."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", bbox_inches="tight" if tight else None, metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
-    drawing = text[text.index("<svg") :]
+    drawing = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _variable, text[text.index("<svg") :])
     return re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)  # it names addresses that nobody needs
+
+
+def _variable(found: re.Match[str]) -> str:
+    name = COLOURS.get(found[2])
+    return f"{found[1]}: var({name}, {found[2]})" if name else found[0]

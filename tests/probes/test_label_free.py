@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from streamlearn.probes.alarms import alarms
 from streamlearn.probes.label_free import (
-    alarms,
     alignment,
     alpha_req,
     code_entropy,
