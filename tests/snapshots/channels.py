@@ -1,0 +1,40 @@
+"""Snapshots without weights, to be moved about; and one mover in a process of its own: python -m tests.snapshots.channels ACT WHERE CHANNEL REFERENCE EXPECT"""
+
+import sys
+from pathlib import Path
+
+from streamlearn.contract.errors import Conflict
+from streamlearn.contract.registry import EMPTY, MANIFEST, OciLayout
+from streamlearn.snapshots.package import LINEAGE, MODEL, version
+from streamlearn.snapshots.promote import promote, rollback
+
+
+def snapshot(registry, step, *, tag=True, text="", generation=""):
+    """A snapshot's manifest with one small file; its digest."""
+    config, layer = registry.put_blob(b"{}", EMPTY), registry.put_blob(f"weights of {step}{text}".encode(), EMPTY)
+    manifest = {
+        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": MODEL, "config": config.to_json(),
+        "layers": [layer.to_json() | {"annotations": {"org.opencontainers.image.title": "model.safetensors"}}],
+        "annotations": {LINEAGE + "step": str(step)} | ({LINEAGE + "generation": generation} if generation else {}),
+    }  # fmt: skip
+    return registry.put_manifest(manifest, tag=version(step) if tag else "").digest
+
+
+if __name__ == "__main__":
+    act, where, channel, reference, expect = sys.argv[1:]
+    if where.startswith("oci://"):
+        from tests.adapters.oci import remote
+
+        registry = remote(where.split("/")[2], Path(sys.argv[0]).parent / "never", registry=where)
+    else:
+        registry = OciLayout(Path(where))
+    sys.stdin.readline()  # both are let go at once
+    try:
+        done = (
+            promote(registry, channel, reference, by=act, why="race", expect=expect)
+            if act != "rollback"
+            else rollback(registry, channel, by=act, why="race")
+        )
+        print("moved", done.number)
+    except Conflict as e:
+        print("conflict", e)
