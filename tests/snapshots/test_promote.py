@@ -158,7 +158,7 @@ def test_killed_before_any_change_of_the_disk_history_and_tag_agree(tmp_path):
         registry = OciLayout(tmp_path / str(nth))
         a, b = snapshot(registry, 1), snapshot(registry, 2)
         promote(registry, "stable", a, **BY)
-        died = killed_at(lambda r: promote(r, "stable", b, **BY), registry.root, nth)
+        died = killed_at(lambda r, b=b: promote(r, "stable", b, **BY), registry.root, nth)
         left = OciLayout(registry.root)
         held = left.find("stable").digest
         assert held in (a, b) and history(left)[0].after == held and len(history(left)) == (2 if held == b else 1)
@@ -195,7 +195,7 @@ def test_a_tag_that_another_tool_moved_is_untold_and_keeps_its_pin(registry):
     promote(registry, "stable", a, **BY)
     pin(registry, "stable", **BY)
     registry.tag(b, "stable")
-    assert [(m.kind, m.before, m.after, m.pinned) for m in history(registry)][0] == ("untold", a, b, True)
+    assert next((m.kind, m.before, m.after, m.pinned) for m in history(registry)) == ("untold", a, b, True)
     with pytest.raises(Pinned):
         promote(registry, "stable", c, **BY)
     promote(registry, "stable", c, forced=True, **BY)
