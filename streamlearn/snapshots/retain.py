@@ -8,8 +8,8 @@ caller names.  Of the others only the version tag is taken away.
   2. index.json without those tags, if they point where they did            <- THE COMMIT POINT
   3. the collection (registry_gc.py), a day later at the earliest: who is pulling one has time to end
 
-Killed before 2 nothing has changed; after it, the snapshots are listed no more and the next collection takes them.  A record of history that
-cannot be read stops it: then it is not known what can be rolled back to.  Only the embedded registry: others cannot take one tag away safely
+Killed before 2 nothing has changed; after it, the snapshots are listed no more and the next collection takes them.  A snapshot
+whose manifest cannot be read stops it: its generation is not known.  Only the embedded registry: others cannot take one tag away safely
 (most know deletion by digest alone, which takes `stable` along), and have retention rules of their own.
 """
 
@@ -34,7 +34,7 @@ class Plan:
 
 
 def plan(registry: Registry, *, keep: int, keep_moves: int = 10, also: Collection[str] = ()) -> Plan:
-    """What would stay and go.  `also`: digests that are needed elsewhere.  Raises Corrupt where history cannot be read."""
+    """What would stay and go.  `also`: digests that are needed elsewhere.  Raises Corrupt where a manifest cannot be read."""
     if keep < 1:
         raise ConfigError(f"keep = {keep}: 1 or more of the newest versions stay, or `candidate` has none")
     found = versions(registry)
