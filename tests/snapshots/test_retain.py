@@ -88,7 +88,7 @@ def test_a_damaged_record_still_keeps_what_it_led_from(registry):
 
 
 def test_a_snapshot_that_cannot_be_read_stops_it(registry):
-    digest = next(publish(registry, step) for step in (1, 2, 3))
+    digest, *_ = (publish(registry, step) for step in (1, 2, 3))
     registry.path(digest).write_bytes(b"{}")
     with pytest.raises(Corrupt, match=digest[7:]):
         retain(registry, keep=1)
