@@ -1,4 +1,4 @@
-"""Snapshots without weights, to be moved about; and one mover in a process of its own: python -m tests.snapshots.channels ACT WHERE CHANNEL REFERENCE EXPECT"""
+"""Snapshots without weights, to be moved about; and a mover in a process of its own: python -m tests.snapshots.channels WHO WHERE SPOOL"""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from streamlearn.contract.errors import Conflict
 from streamlearn.contract.registry import EMPTY, MANIFEST, OciLayout
 from streamlearn.snapshots.package import LINEAGE, MODEL, version
-from streamlearn.snapshots.promote import promote, rollback
+from streamlearn.snapshots.promote import promote
 
 
 def snapshot(registry, step, *, tag=True, text="", generation=""):
@@ -21,20 +21,17 @@ def snapshot(registry, step, *, tag=True, text="", generation=""):
 
 
 if __name__ == "__main__":
-    act, where, channel, reference, expect = sys.argv[1:]
+    who, where, spool = sys.argv[1:]
     if where.startswith("oci://"):
         from tests.adapters.oci import remote
 
-        registry = remote(where.split("/")[2], Path(sys.argv[0]).parent / "never", registry=where)
+        registry = remote(where.split("/")[2], Path(spool), registry=where)
     else:
         registry = OciLayout(Path(where))
-    sys.stdin.readline()  # both are let go at once
-    try:
-        done = (
-            promote(registry, channel, reference, by=act, why="race", expect=expect)
-            if act != "rollback"
-            else rollback(registry, channel, by=act, why="race")
-        )
-        print("moved", done.number)
-    except Conflict as e:
-        print("conflict", e)
+    print("ready", flush=True)
+    for line in sys.stdin:  # a race a line
+        reference, expect = line.split()
+        try:
+            print("moved", promote(registry, "stable", reference, by=who, why="race", expect=expect).number, flush=True)
+        except Conflict as e:
+            print("conflict", e, flush=True)

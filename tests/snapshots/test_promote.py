@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -206,40 +207,53 @@ def test_a_tag_that_another_tool_moved_is_untold_and_keeps_its_pin(registry):
 # --- two at once, as processes ---
 
 
-def race(where, calls):
+@contextmanager
+def movers(where, spool):
+    """Two processes; calling it with (reference, expected holder) for each lets both go at once, and says what they said."""
     argv = [sys.executable, "-m", "tests.snapshots.channels"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO)
-    movers = [subprocess.Popen([*argv, act, where, "stable", to, expect], **pipes) for act, to, expect in calls]
-    for mover in movers:
-        mover.stdin.write("\n")
-        mover.stdin.flush()
-    return [mover.communicate(timeout=240)[0].split() for mover in movers]
+    both = [subprocess.Popen([*argv, who, where, str(spool)], **pipes) for who in ("one", "other")]
+
+    def race(*calls):
+        for mover, call in zip(both, calls, strict=True):
+            mover.stdin.write(" ".join(call) + "\n")
+        for mover in both:
+            mover.stdin.flush()
+        return [mover.stdout.readline().split()[0] for mover in both]
+
+    try:
+        assert [mover.stdout.readline() for mover in both] == ["ready\n"] * 2
+        yield race
+    finally:
+        for mover in both:
+            mover.communicate(timeout=240)
 
 
 def test_of_two_promoters_one_wins_and_the_other_says_so(near):
-    a, *rest = (snapshot(near, step) for step in range(1, 8))
+    a, *rest = (snapshot(near, step) for step in range(1, 42))
     promote(near, "stable", a, **BY)
-    for one, other in zip(rest[::2], rest[1::2], strict=True):
-        held = near.find("stable").digest
-        said = race(str(near.root), [("one", one, held), ("other", other, held)])
-        assert sorted(words[0] for words in said) == ["conflict", "moved"]
-        winner = one if said[0][0] == "moved" else other
-        assert near.find("stable").digest == winner == history(near)[0].after and history(near)[0].before == held
-    assert len(history(near)) == 4 and unfinished(near) == []
+    with movers(str(near.root), near.root) as race:
+        for one, other in zip(rest[::2], rest[1::2], strict=True):
+            held = near.find("stable").digest
+            said = race((one, held), (other, held))
+            assert sorted(said) == ["conflict", "moved"]
+            winner = one if said[0] == "moved" else other
+            assert near.find("stable").digest == winner == history(near)[0].after and history(near)[0].before == held
+    assert len(history(near)) == 21 and unfinished(near) == []  # the lock: who comes second has not even begun
 
 
 def test_of_two_promoters_on_a_registry_without_compare_and_set_the_tag_is_one_s_and_history_names_it(docker_registry, tmp_path):
     far = remote(docker_registry.host, tmp_path / "spool")
-    a, b, c = (snapshot(far, step) for step in (1, 2, 3))
-    promote(far, "stable", a, **BY)
-    said = race(far.config.registry, [("one", b, a), ("other", c, a)])
-    assert "moved" in {words[0] for words in said}
-    held = far.find("stable").digest
-    told = history(far, "stable")
-    assert (
-        held in (b, c) and [(m.before, m.after) for m in told] == [(a, held), ("", a)] and told[0].by == ("one" if held == b else "other")
-    )
-    assert {m.after for m in unfinished(far)} <= {b, c} - {held}
+    held, *rest = (snapshot(far, step) for step in range(1, 12))
+    promote(far, "stable", held, **BY)
+    with movers(far.config.registry, tmp_path / "spool") as race:
+        for one, other in zip(rest[::2], rest[1::2], strict=True):
+            assert "moved" in race((one, held), (other, held))
+            before, held = held, far.find("stable").digest
+            (last, *_), past = history(far, "stable"), history(far, "stable")[1:]
+            assert held in (one, other) and (last.before, last.after) == (before, held) and past[0].after == before
+            assert last.by == ("one" if held == one else "other")
+    assert len(history(far, "stable")) == 6 and {m.after for m in unfinished(far)} <= set(rest)
 
 
 def test_cut_off_at_any_request_history_and_tag_agree_and_the_next_try_completes_it(docker_registry, tmp_path, monkeypatch):
