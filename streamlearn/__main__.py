@@ -11,7 +11,11 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "up": ("streamlearn.cli.up", "up", "Run the whole loop on this machine."),
     "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
     "report": ("streamlearn.cli.report", "report", "Write the report page."),
-    "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull, verify, copy and export published models."),
+    "snapshots": (
+        "streamlearn.cli.promotion",
+        "snapshots",
+        "Published models: list, pull, verify, sign, copy, export, promote, roll back …",
+    ),
     "serve": ("streamlearn.cli.serve", "serve", "Let others pull snapshots: OCI registry, Hugging Face Hub, a page."),
     "probe": ("streamlearn.cli.probe", "probe", "Measure and compare snapshots: run, finetune, compare, matrix, drift."),
     "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),

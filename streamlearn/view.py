@@ -52,7 +52,7 @@ def overview(home: Path, restarts: Mapping[str, int] | None = None) -> dict[str,
         "sources": status.get("connect", {}).get("sources", {}),
         "connectors": status.get("connect", {}).get("connectors", {}),
         "train": _pick(status.get("train", {}), *TRAIN),
-        "evaluate": _pick(status.get("evaluate", {}), "evaluated", "pending", "failed", "last"),
+        "evaluate": _pick(status.get("evaluate", {}), "evaluated", "pending", "failed", "last", "gate"),
         "curve": curve(home),
     }
 

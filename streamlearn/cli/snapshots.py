@@ -1,4 +1,4 @@
-"""`streamlearn snapshots`: list, show, tags, verify, pull, copy, export, gc."""
+"""`streamlearn snapshots`: list, show, tags, verify, pull, copy, export, gc.  Those that move channels: cli/promotion.py."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,7 @@ FORMATS = ("timm", "vissl", "pycls", "onnx", "torch-export")  # snapshots/export
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 
 
+KEY = click.option("--public-key", type=click.Path(path_type=Path), help="PEM; refuse what no signature of this key covers.")
 ADDRESS = click.option("--registry", "address", default="", help="oci://host/repository.  [default: the loop's own]")
 
 
@@ -40,7 +41,7 @@ def open_registry(home: Path, address: str = "") -> Registry:
 
 @click.group()
 def snapshots() -> None:
-    """List, show, pull, verify, copy and export published models."""
+    """List, pull, verify, sign, copy, export, promote and roll back published models."""
 
 
 @snapshots.command("list")
@@ -73,22 +74,42 @@ def show(reference: str, home: Path, address: str) -> None:
 
 @snapshots.command()
 @click.argument("reference")
+@KEY
+@click.option("--bundle", type=click.Path(path_type=Path), help="Write the signature that holds to this file, for `model_signing verify`.")
 @HOME
 @ADDRESS
-def verify(reference: str, home: Path, address: str) -> None:
-    """Read every byte of a snapshot and check it."""
-    for line in reading.verify(open_registry(home, address), reference):
+def verify(reference: str, public_key: Path | None, bundle: Path | None, home: Path, address: str) -> None:
+    """Read every byte of a snapshot and check it; with --public-key its signature too."""
+    if bundle and not public_key:
+        raise ConfigError("--bundle needs --public-key: it writes the signature that this key has made")
+    registry = open_registry(home, address)
+    for line in reading.verify(registry, reference):
         click.echo(f"ok {line}")
+    if public_key:
+        from streamlearn.snapshots import signing
+
+        signature = signing.verify(registry, reference, public_key)
+        click.echo(f"ok signed with the key of {public_key}")
+        if bundle:
+            bundle.write_bytes(signature)
 
 
 @snapshots.command()
 @click.argument("reference")
 @click.argument("folder", type=click.Path(path_type=Path))
+@KEY
 @HOME
 @ADDRESS
-def pull(reference: str, folder: Path, home: Path, address: str) -> None:
+def pull(reference: str, folder: Path, public_key: Path | None, home: Path, address: str) -> None:
     """Copy a snapshot to a new FOLDER, verified."""
-    for path in reading.pull(open_registry(home, address), reference, folder):
+    registry = open_registry(home, address)
+    if public_key:
+        from streamlearn.snapshots import signing
+
+        paths = reading.pull(registry, reference, folder, signing.checked(registry, reference, public_key))
+    else:
+        paths = reading.pull(registry, reference, folder)
+    for path in paths:
         click.echo(str(path))
 
 

@@ -1,7 +1,7 @@
 """Where snapshots are published: the `[snapshots]` section of the configuration."""
 
 import re
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +10,16 @@ from streamlearn.contract.section import Section
 
 REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")  # distribution-spec
 SCHEME = "oci://"
+
+
+class GateConfig(Section):
+    """When a snapshot may become `stable` or `best` (probes/gate.py)."""
+
+    alpha: float = Field(default=0.05, gt=0, lt=1)  # chance of refusing, over all banks together, a snapshot that is no worse on any
+    margin: float = Field(default=0.05, ge=0, le=1)  # a loss as large as this must be ruled out (95 %) on every bank; 1: need not be
+    best_bank: str = ""  # by whose figure `best` is chosen; empty: the mean over all banks
+    best_probe: str = Field(default="knn", pattern=r"^[a-z0-9_]+$")  # likewise
+    best_significant: bool = False  # `best` moves only if the gain is significant, not for any gain
 
 
 class SnapshotsConfig(Section):
@@ -28,6 +38,10 @@ class SnapshotsConfig(Section):
     max_pause_s: float = Field(default=30.0, gt=0)  # between tries; a registry that asks for more is left to the role's own waiting
     connect_timeout_s: float = Field(default=10.0, gt=0)  # until the socket is open
     read_timeout_s: float = Field(default=60.0, gt=0)  # between two bytes of an answer
+    promote: Literal["auto", "never"] = "auto"  # auto: the evaluator moves `stable` and `best` by the gate; never: only by hand
+    gate: GateConfig = GateConfig()
+    keep: int = Field(default=0, ge=0)  # versions besides those that are kept for a reason (docs/promotion.md); 0: all of them
+    keep_moves: int = Field(default=10, ge=1)  # newest moves of each channel whose snapshots stay, so that they can be rolled back to
 
     @field_validator("registry")
     @classmethod

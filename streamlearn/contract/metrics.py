@@ -130,6 +130,12 @@ class EvaluatorMetrics:
         )
         self.drift_threshold = Gauge("evaluator_drift_threshold", "What it may be without drift (bootstrap)", ["source"], registry=registry)
         self.drift_windows = Counter("evaluator_drift_windows", "Windows by what was found", ["source", "found"], registry=registry)
+        # closed sets: the channels, and what the gate (probes/gate.py) can say
+        self.verdicts = Counter("evaluator_gate_verdicts", "Verdicts of the gate", ["channel", "verdict"], registry=registry)
+        for channel in ("stable", "best"):
+            for verdict in ("promoted", "refused", "waiting"):
+                self.verdicts.labels(channel, verdict)
+        self.channel_step = Gauge("evaluator_channel_step_number", "Step of the snapshot that it points to", ["channel"], registry=registry)
         self.cache_bytes = Gauge("evaluator_feature_cache_bytes", "Features on disk", registry=registry)
         self.cache_hits = Counter("evaluator_feature_cache_hits", "Features found there", registry=registry)
         self.cache_misses = Counter("evaluator_feature_cache_misses", "Features that had to be computed", registry=registry)

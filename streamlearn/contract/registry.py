@@ -197,6 +197,16 @@ class OciLayout:
             if held is not None:
                 self.replace_index(self._leaving(index.without([(tag, "")]), held))
 
+    def untag_all(self, tags: Mapping[str, str]) -> None:
+        """Take several tags away in one step, those that still point to the digest named here."""
+        with self._changing() as index:
+            held = [row for tag, digest in tags.items() if (row := index.tagged(tag)) is not None and row.digest == digest]
+            left = index.without([(row.annotations[REF_NAME], "") for row in held])
+            for row in held:
+                left = self._leaving(left, row)
+            if held:
+                self.replace_index(left)
+
     def names(self) -> list[str]:
         return self.index().names()
 

@@ -27,11 +27,6 @@ MEASURES = ("in_domain", "backward", "forward", "forgetting", "backward_transfer
 EMA = 0.98  # of the prequential loss, per recorded point
 
 
-def quarter(when: str) -> str:
-    """2026Q4, as `streamlearn dataset cut` names it by default; empty for no time."""
-    return f"{when[:4]}Q{(int(when[5:7]) + 2) // 3}" if len(when) >= 7 else ""
-
-
 def transfer(A: Floats, untrained: Floats | None = None) -> dict[str, float | None]:
     """All of the above; `A` (n,n) with NaN where there is no entry, `untrained` (n,)."""
     n = len(A)

@@ -6,13 +6,14 @@
   4. measure  features come from the cache, or go there
   5. attach   the result to the snapshot, as an OCI referrer            <- THE COMMIT POINT
   6. tell     history, metrics, continual.json
+  7. judge    what is measured on every bank; move `stable` and `best` (promoter.py, which has commit points of its own)
 
 Killed after   what is left                                 who mends it
   2            nothing: the kernel ends the claim
   4            features in the cache, perhaps a torn file   measured again, from the cache; a torn file is none (feature_cache.py)
   5            a result that history and continual.json     the next start writes continual.json from the registry; the report reads
                lack                                         the registry too
-  6            nothing
+  6            a snapshot that was not judged               the next start judges it
 
 The protocol and the bank's digest are in the result's annotations, so a measurement is never recorded twice, and the claim keeps it
 from being made twice (claims.py).  When the machine is the learner's: turns.py.  Drift of the sources: drift_watch.py.
@@ -42,6 +43,7 @@ from streamlearn.probes.claims import claim
 from streamlearn.probes.drift_watch import DriftWatch
 from streamlearn.probes.measure import EACH, THOROUGH, Measurer, Snapshot, open_snapshot
 from streamlearn.probes.overview import Overview
+from streamlearn.probes.promoter import Promoter
 from streamlearn.probes.turns import Stopped, turns_of
 from streamlearn.snapshots.artifact import version
 from streamlearn.snapshots.publish import has_result, record_result, steps
@@ -137,6 +139,7 @@ class Evaluator:
         self.measurer = Measurer(probe, home, self.turns, lambda what: heartbeat.beat(state=f"measuring {what}", force=True))
         self.known: dict[int, str] = {}  # step -> digest: a version never moves, and to ask for each is a request over the network
         self.overview = Overview(config, registry, home, metrics)
+        self.promoter = Promoter(config.snapshots, registry, metrics, heartbeat, home)
         self.settled: set[tuple[str, str, str]] = set()  # (kind, snapshot, bank's name): recorded
         self.told: dict[str, float] = {}  # counters, as far as the metrics know them
         if not self.banks.configs():
@@ -157,6 +160,7 @@ class Evaluator:
             banks=[bank.name for bank in self.banks.configs()],
         )
         self.metrics.refused_banks.set(len(self.banks.refused))
+        self._judge({job.digest for job in jobs})
         if not jobs:
             return False
         first = jobs[0]
@@ -169,6 +173,12 @@ class Evaluator:
             self.metrics.failed.inc()
             logger.error("snapshot %s of step %d cannot be measured: %s", first.digest[:19], first.step, e)
         return True
+
+    def _judge(self, unmeasured: set[str]) -> None:
+        names = {bank.name for bank in (*self.banks.configured, *(r.bank for r in self.banks.book.all()))}
+        done = [(step, digest) for step, digest in self.known.items() if digest not in unmeasured and digest not in self.failed]
+        if names:
+            self.promoter.look(done, names)
 
     def _open(self, job: Job) -> Snapshot:
         """Raises Corrupt, NotFound."""

@@ -26,7 +26,6 @@ from streamlearn.probes import label_free
 from streamlearn.probes.alarms import alarms
 from streamlearn.probes.average_precision import eleven_points, mean_ap, mean_ap_interval
 from streamlearn.probes.banks import Bank
-from streamlearn.probes.continual import quarter
 from streamlearn.probes.feature_cache import FeatureCache, Tensors
 from streamlearn.probes.features import RAW_SIDES, Three, features, of_pixels, raw_pixels, untrained, views
 from streamlearn.probes.knn import knn_scores
@@ -35,7 +34,7 @@ from streamlearn.probes.logistic import SHARES, low_shot, sweep
 from streamlearn.probes.retrieval import add_column
 from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
-from streamlearn.snapshots.artifact import LINEAGE
+from streamlearn.snapshots.lineage import generation_of
 from streamlearn.snapshots.pull import read_file
 from streamlearn.stream.views import normalised
 
@@ -72,12 +71,6 @@ def open_snapshot(registry: Registry, step: int, digest: str, device: str = "cpu
         step, digest, generation_of(registry, digest), ours["backbone"], ours["stem"], int(cfg["input_size"][-1]),
         (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), trunk.eval().to(device), json.loads(read_file(registry, digest, "metrics.json")),
     )  # fmt: skip
-
-
-def generation_of(registry: Registry, digest: str) -> str:
-    """As annotated, else the quarter of the last image that was learnt."""
-    marks = registry.manifest(digest)[1].get("annotations", {})
-    return str(marks.get(LINEAGE + "generation") or quarter(marks.get(LINEAGE + "window", "").rpartition("/")[2]))
 
 
 class Measurer:

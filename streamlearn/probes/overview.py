@@ -18,7 +18,7 @@ from streamlearn.contract.metrics import EVALUATED, OTHER, EvaluatorMetrics
 from streamlearn.contract.registry import Registry
 from streamlearn.probes.alarms import ALARMS
 from streamlearn.probes.continual import SCHEMA, Row, matrix, prequential
-from streamlearn.probes.measure import generation_of
+from streamlearn.snapshots.lineage import generation_of
 from streamlearn.snapshots.publish import results, versions
 
 FILE = "continual.json"

@@ -5,6 +5,7 @@ Two snapshots are compared on the same images: at 10,000 of them a paired test s
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,33 @@ def _ratio(total: int, n: int) -> float:
     """total / 2^n where 2^n is no float."""
     shift = max(0, total.bit_length() - 64)
     return math.ldexp(float(total >> shift), shift - n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the same order: those under alpha are rejected, and no true hypothesis among them with probability 1 - alpha.
+
+    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6:65-70, 1979: holds whatever
+    the tests have to do with each other, as k-NN and ridge on the same images do.
+    """
+    adjusted, worst = [1.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def unpaired(one: float, other: float, one_interval: Sequence[float], other_interval: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, p) of `other` - `one`, of which only 95 % intervals are known (MOVER: Zou & Donner, Statistics in Medicine 27:1693-1702, 2008).
+
+    Two figures of the same images rise and fall together, which this does not know: it errs on the wide side.  p by the normal
+    distribution, from the half-width towards zero.
+    """
+    d = other - one
+    low = d - math.hypot(other - other_interval[0], one_interval[1] - one)
+    high = d + math.hypot(other_interval[1] - other, one - one_interval[0])
+    half = (d - low) if d > 0 else (high - d)
+    p = 1.0 if d == 0 else 0.0 if half == 0 else math.erfc(abs(d) / half * Z95 / math.sqrt(2))
+    return max(-1.0, low), min(1.0, high), p
 
 
 def bootstrap(values_M: Floats, *, seed: int, rounds: int = BOOTSTRAPS) -> tuple[float, float]:

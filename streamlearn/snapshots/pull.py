@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def verify(registry: Registry, reference: str) -> list[str]:
     return checked
 
 
-def pull(registry: Registry, reference: str, folder: Path) -> list[Path]:
-    """The snapshot's files in a new folder; it appears only once every file is there and verified."""
+def pull(registry: Registry, reference: str, folder: Path, check: Callable[[Path], object] = lambda _: None) -> list[Path]:
+    """The snapshot's files in a new folder; it appears only once every file is there and verified, and `check` has not raised."""
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a folder that does not")
     _, manifest = registry.manifest(reference)
@@ -93,6 +94,7 @@ def pull(registry: Registry, reference: str, folder: Path) -> list[Path]:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise Corrupt(f"{reference}: file name {name!r} leads out of the folder")
             registry.copy_blob(layer["digest"], staged / name)
+        check(staged)
         staged.rename(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from streamlearn.probes.continual import MEASURES, Row, matrix, prequential, quarter, transfer
+from streamlearn.probes.continual import MEASURES, Row, matrix, prequential, transfer
 from streamlearn.probes.statistics import packed
+from streamlearn.snapshots.lineage import quarter
 
 A = np.array([[0.6, 0.3, 0.1], [0.5, 0.7, 0.2], [0.55, 0.65, 0.8]])
 
