@@ -50,12 +50,17 @@ def digest_of(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def parse_json(data: bytes, what: str) -> Any:
+    """Of someone else's making.  Raises Corrupt, also where it is nested deeper than Python follows."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise Corrupt(f"{what}: {e}") from e
+
+
 def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
     """Raises Corrupt naming `where`."""
-    try:
-        manifest = json.loads(data)
-    except ValueError as e:
-        raise Corrupt(f"{where}: not a manifest: {e}") from e
+    manifest = parse_json(data, f"{where}: not a manifest")
     if not isinstance(manifest, dict):
         raise Corrupt(f"{where}: not a manifest: {type(manifest).__name__} where an object should be")
     return manifest

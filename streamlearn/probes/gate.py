@@ -64,6 +64,7 @@ class Verdict:
     against: str  # digest of the present holder; empty: none
     reasons: tuple[str, ...]
     figures: tuple[Figure, ...]
+    pinned: bool = False  # the channel is: no other snapshot fares better
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +116,7 @@ def judge(
             case.waits.append(f"not measured by {config.best_probe} on {config.best_bank or 'any bank'}")
     outcome = REFUSED if case.refusals else WAITING if case.waits else PROMOTED
     reasons = tuple([*case.refusals, *case.waits] or [case.praise])
-    return Verdict(channel, outcome, digest, step, against, reasons, tuple(figures))
+    return Verdict(channel, outcome, digest, step, against, reasons, tuple(figures), bool(moves) and moves[0].pinned)
 
 
 def _measured(measured: Sequence[dict[str, Any]], case: _Case) -> None:

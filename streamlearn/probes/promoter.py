@@ -19,7 +19,7 @@ from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.registry_gc import collect
 from streamlearn.contract.status import Heartbeat, now
 from streamlearn.probes.drift_watch import read_state
-from streamlearn.probes.gate import PROMOTED, REFUSED, WAITING, Verdict, judge
+from streamlearn.probes.gate import PROMOTED, WAITING, Verdict, judge
 from streamlearn.snapshots.artifact import version
 from streamlearn.snapshots.history import CHANNELS, STABLE
 from streamlearn.snapshots.promote import promote
@@ -70,7 +70,7 @@ class Promoter:
             if verdict.outcome == PROMOTED and not self._promoted(verdict):
                 return
             self._tell(verdict)
-            if verdict.outcome != REFUSED:
+            if verdict.outcome == PROMOTED or verdict.pinned:
                 return
 
     def _due(self, key: tuple[str, str, str]) -> bool:

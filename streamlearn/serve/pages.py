@@ -8,12 +8,14 @@ from aiohttp import web
 
 from streamlearn.contract.config_serve import ServeConfig
 from streamlearn.contract.errors import NotFound
+from streamlearn.contract.oci_index import Index
 from streamlearn.serve.asked import CHANNELS, VERSION, Refused
 from streamlearn.serve.card import render
 from streamlearn.serve.commands import base, commands
 from streamlearn.serve.figures import BANKS, Curves, by_bank, measured
 from streamlearn.serve.hub import front_matter
 from streamlearn.serve.look import badges, facts, link, page, percent, section, short, sized, table, tiles
+from streamlearn.serve.moves import moves
 from streamlearn.serve.shelf import Contents, Shelf
 from streamlearn.snapshots.artifact import LINEAGE
 
@@ -27,6 +29,7 @@ class Pages:
     def __init__(self, shelf: Shelf, config: ServeConfig, *, private: bool):
         self.shelf, self.config, self.private = shelf, config, private
         self.curves = Curves(shelf)
+        self.moved_at: tuple[Index | None, str] = (None, "")
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -62,6 +65,7 @@ class Pages:
             parts += [
                 self._pull(url, main if self.shelf.layout.index().tagged(main) else f"0.{versions[-1][0]}.0"),
                 self._channels(contents),
+                self._moved(contents),
             ]
             parts.append(self.curves.of(versions))
         parts.append(self._list(contents, number))
@@ -75,7 +79,7 @@ class Pages:
         return section(f"Pull {html.escape(tag)}", made, note)
 
     def _channels(self, contents: Contents) -> str:
-        """Where the channel tags point.  The history of their moves belongs below this table."""
+        """Where the channel tags point."""
         rows = []
         for channel in CHANNELS:
             row = contents.index.tagged(channel)
@@ -86,6 +90,12 @@ class Pages:
                 rows.append([badges([channel]), link(row.digest, version), figures or "–", short(row.digest)])
         body = table(["channel", "points to", "k-NN", "digest"], rows) if rows else "<p>None yet.</p>"
         return section("Channels", body, "Tags that move; a version never does. <code>main</code> is stable, else candidate.")
+
+    def _moved(self, contents: Contents) -> str:
+        """Read once for each state of the index: of a tag that another tool moved, the record before has to be looked for everywhere."""
+        if self.moved_at[0] is not contents.index:
+            self.moved_at = (contents.index, moves(self.shelf, contents))
+        return self.moved_at[1]
 
     def _list(self, contents: Contents, number: int) -> str:
         pages = -(-len(contents.versions) // ROWS)

@@ -6,12 +6,12 @@ moves before it too (the newest 500), and names its predecessor: where its paylo
 the chain goes on at the predecessor.  Records of attempts that never moved the tag are in no record's past: `unfinished` lists them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from streamlearn.contract.errors import Corrupt, NotFound
+from streamlearn.contract.oci import parse_json
 from streamlearn.contract.registry import Descriptor, Registry
 from streamlearn.snapshots.artifact import LINEAGE
 from streamlearn.snapshots.publish import versions
@@ -145,10 +145,10 @@ def _payload(registry: Registry, record: str) -> dict[str, Any]:
     """Raises Corrupt, NotFound."""
     layers = registry.manifest(record)[1].get("layers") or []
     try:
-        payload: dict[str, Any] = json.loads(registry.read_blob(layers[0]["digest"]))
+        payload: dict[str, Any] = parse_json(registry.read_blob(layers[0]["digest"]), f"{record}: not the record of a move")
         if payload["schema"] != SCHEMA:
             raise Corrupt(f"{record}: schema {payload['schema']!r} is not known here, only {SCHEMA}")
-    except (ValueError, KeyError, IndexError, TypeError) as e:
+    except (KeyError, IndexError, TypeError) as e:
         raise Corrupt(f"{record}: not the record of a move: {e}") from e
     return payload
 
@@ -156,9 +156,13 @@ def _payload(registry: Registry, record: str) -> dict[str, Any]:
 def _move(raw: Mapping[str, Any]) -> Move:
     """Raises Corrupt."""
     try:
-        return Move(**{name: raw[name] for name in Move.__dataclass_fields__ if name in raw})
+        move = Move(**{name: raw[name] for name in Move.__dataclass_fields__ if name in raw})
     except TypeError as e:
         raise Corrupt(f"not the record of a move: {e}") from e
+    wrong = [name for name, field in Move.__dataclass_fields__.items() if type(getattr(move, name)) is not field.type]
+    if wrong:
+        raise Corrupt(f"not the record of a move: {wrong[0]} is {getattr(move, wrong[0])!r}")
+    return move
 
 
 def _listed(record: Descriptor) -> Move:

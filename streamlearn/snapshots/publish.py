@@ -14,16 +14,19 @@ A version tag is never moved.  If the step is already published with other bytes
 the published one stands.  `candidate` never moves back to an earlier step.
 """
 
-import json
+import logging
 from typing import Any
 
-from streamlearn.contract.errors import Conflict, NotFound
+from streamlearn.contract.errors import Conflict, Corrupt, NotFound
 from streamlearn.contract.export import Export
+from streamlearn.contract.oci import parse_json
 from streamlearn.contract.registry import Descriptor, Registry, canonical
 from streamlearn.snapshots.artifact import LINEAGE, version
 
 CANDIDATE = "candidate"
 PROBE = "application/vnd.streamlearn.probe.v1+json"
+NAMES = ("bank", "bank_digest", "protocol")  # in every result
+logger = logging.getLogger(__name__)
 
 
 def publish(registry: Registry, export: Export) -> tuple[str, str]:
@@ -72,13 +75,23 @@ def has_result(registry: Registry, digest: str, bank_digest: str, protocol: str)
 
 
 def results(registry: Registry, digest: str) -> list[dict[str, Any]]:
-    """What was measured of a snapshot."""
+    """What was measured of a snapshot.  A result that is damaged, or none of ours, is left out and said: the others stand without it."""
     found = []
     for referrer in registry.referrers(digest, PROBE):
-        _, manifest = registry.manifest(referrer.digest)
-        if len(manifest["layers"]) != 1:
-            raise NotFound(f"{referrer.digest}: a probe result has one layer, this has {len(manifest['layers'])}")
-        found.append(json.loads(registry.read_blob(manifest["layers"][0]["digest"])))
+        try:
+            found.append(_result(registry, referrer.digest))
+        except (Corrupt, NotFound) as e:
+            logger.error("a measurement of %s is left out: %s", digest[:19], e)
+    return found
+
+
+def _result(registry: Registry, record: str) -> dict[str, Any]:
+    layers = registry.manifest(record)[1].get("layers") or []
+    if len(layers) != 1:
+        raise Corrupt(f"{record}: a probe result has one layer, this has {len(layers)}")
+    found = parse_json(registry.read_blob(layers[0]["digest"]), f"{record}: not a probe result")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in NAMES):
+        raise Corrupt(f"{record}: not a probe result: {', '.join(NAMES)} must be there")
     return found
 
 

@@ -10,6 +10,9 @@ from PIL import Image
 from streamlearn.contract.oci_index import REF_NAME
 from streamlearn.contract.registry import OciLayout, canonical
 from streamlearn.serve.card import render
+from streamlearn.snapshots.artifact import LINEAGE
+from streamlearn.snapshots.history import MOVE
+from streamlearn.snapshots.promote import promote, rollback
 from streamlearn.snapshots.publish import publish, record_result
 from tests.serve.browser import look
 from tests.serve.serving import TOKEN, filled, measured, serving
@@ -47,6 +50,22 @@ def test_a_snapshot_s_page_has_its_figures_lineage_files_and_card(public):
     assert public.ask("/team/model")[1]["location"] == "/" and public.ask("/team/model/tree/0.100.0")[0] == 302
 
 
+def test_the_first_page_says_who_moved_a_channel_and_why(tmp_path):
+    layout = filled(tmp_path)
+    promote(layout, "stable", "0.200.0", by="anna", why="no significant loss on 2 banks")
+    with serving(layout) as served:
+        assert "anna" in page(served)
+        rollback(layout, "stable", by="ben", why="it was worse in the shop")
+        text = page(served)
+    table = text[text.index("<h2>Moves") :].split("</table>")[0]
+    assert (
+        table.index("ben") < table.index("it was worse in the shop") < table.index("anna") < table.index("no significant loss on 2 banks")
+    )
+    assert (
+        "rolled back" in table and "promoted" in table and "0.200.0" in table and "moved by another tool" in table
+    )  # filled() tags by hand
+
+
 def test_a_private_page_says_where_the_token_goes_and_never_shows_one(private):
     text = private.ask("/", Authorization=f"Bearer {TOKEN}")[2].decode()
     assert "skopeo login --tls-verify=false -u me -p $TOKEN" in text and "HF_TOKEN=$TOKEN" in text and TOKEN not in text
@@ -70,6 +89,9 @@ def evil(tmp_path_factory):
         canonical({"bank": {"x": [1]}, "knn": "1", "ridge": None}),
         {},
     )
+    promote(layout, "best", digest, by=EVIL, why=EVIL)
+    layout.attach(layout.manifest(digest)[0], MOVE, b"[" * 9000, {f"{LINEAGE}channel": "stable", f"{LINEAGE}number": EVIL})
+    layout.tag(digest, "stable")
     with serving(layout) as served:
         yield served
 
