@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.registry_wire import DockerRegistry, Wire
+from bench.registry_wire import Wire
 from streamlearn.contract.oci import MANIFEST
 from streamlearn.contract.registry import OciLayout, canonical
 from streamlearn.snapshots.artifact import KINDS, MODEL, MODEL_CONFIG, TITLE, version
 from streamlearn.snapshots.publish import record_result
 from streamlearn.snapshots.pull import list_snapshots
+from tests.adapters.oci import DockerRegistry
 
 MIB = 2**20
 ORAS = """
@@ -160,7 +161,7 @@ def killed(host: str, home: Path, scratch: Path, mib: int, kills: int) -> bool:
                 # a pull goes on where it was, so all of them together must leave something for the last run
                 wire.stop_after(noise.randrange(1, mib * MIB // (kills if act == "pull" else 2)))
                 child = subprocess.Popen([str(a) for a in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-                while child.poll() is None and not wire.stopped.wait(0.05):
+                while child.poll() is None and not wire.choked.wait(0.05):
                     pass
                 child.send_signal(signal.SIGKILL)
                 child.wait()
@@ -230,9 +231,9 @@ def main() -> None:
         sound = True
         if asked.mib:
             snapshot(home, asked.mib)
-            with DockerRegistry(scratch / "served") as host:
-                sound = cost(host, home, scratch, asked.mib)
-                sound &= killed(host, home, scratch, asked.mib, asked.kills)
+            with DockerRegistry(scratch / "served") as server:
+                sound = cost(server.host, home, scratch, asked.mib)
+                sound &= killed(server.host, home, scratch, asked.mib, asked.kills)
         if asked.snapshots:
             thousands(scratch / "many", asked.snapshots)
     sys.exit(not sound)
