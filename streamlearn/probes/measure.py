@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from streamlearn.contract import durable
 from streamlearn.contract.config_probe import ProbeConfig
 from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.registry import Registry
-from streamlearn.learn.backbones import build
 from streamlearn.probes import label_free
 from streamlearn.probes.alarms import alarms
 from streamlearn.probes.average_precision import eleven_points, mean_ap, mean_ap_interval
@@ -36,6 +34,7 @@ from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
 from streamlearn.snapshots.lineage import generation_of
 from streamlearn.snapshots.pull import read_file
+from streamlearn.snapshots.trunk import load_trunk, read_settings
 from streamlearn.stream.views import normalised
 
 SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
@@ -62,10 +61,9 @@ class Snapshot:
 
 def open_snapshot(registry: Registry, step: int, digest: str, device: str = "cpu") -> Snapshot:
     """Verified.  Raises Corrupt, NotFound; ValueError, KeyError or RuntimeError where the files are not a snapshot's."""
-    settings = json.loads(read_file(registry, digest, "config.json"))
+    settings = read_settings(read_file(registry, digest, "config.json"), digest)
     ours, cfg = settings["streamlearn"], settings["pretrained_cfg"]
-    trunk = build(ours["backbone"], ours["stem"])
-    trunk.load_state_dict(safetensors.torch.load(read_file(registry, digest, "model.safetensors")))
+    trunk = load_trunk(registry, digest)  # under whatever names: where timm has the model, a snapshot has timm's
     mean, std = (tuple(map(float, cfg[name])) for name in ("mean", "std"))
     return Snapshot(
         step, digest, generation_of(registry, digest), ours["backbone"], ours["stem"], int(cfg["input_size"][-1]),
