@@ -43,6 +43,7 @@ class HalveOnPlateau:
     def rate(self, step: int) -> float:
         """Of the update that takes the learner from `step` to `step` + 1."""
         warm = min(1.0, (step + 1) / self.optim.warmup_steps) if self.optim.warmup_steps else 1.0
+        warm = self.optim.warmup_start + (1 - self.optim.warmup_start) * warm
         return self.optim.lr * warm * 0.5 ** len(self.halvings)
 
     @property

@@ -131,7 +131,8 @@ class Learner:
             self.snapshot()  # the one that a kill may have prevented; else it is there already
         self.recorder.beat(self.state, "learning", force=True)
         try:
-            train(self.state, self.batches(), [self.recorder.look, self.save], max_bad=self.config.train.max_bad_steps)
+            limits = {"max_bad": self.config.train.max_bad_steps, "micro_batch": self.config.train.micro_batch}
+            train(self.state, self.batches(), [self.recorder.look, self.save], **limits)
         finally:
             self.checkpoints.wait()
         if self.state.step != self.checkpoints.last_step and self.state.step:

@@ -10,8 +10,9 @@ from streamlearn.contract.config import Config
 from streamlearn.learn.ema import Ema
 from streamlearn.learn.lr_policy import HalveOnPlateau
 from streamlearn.learn.model import Model
-from streamlearn.learn.objectives import SwAV, build_objective, parameters_of
-from streamlearn.learn.optim import build_optimizer
+from streamlearn.learn.objectives import SwAV, build_objective
+from streamlearn.learn.optim import build_optimizer, load_optimizer
+from streamlearn.learn.ranks import joined
 
 
 @dataclass
@@ -46,20 +47,22 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.ema.model.load_state_dict(saved["ema"])
         self.objective.load_state_dict(saved["objective"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
         for name in self.COUNTERS:
             setattr(self, name, saved[name])
 
 
 def fresh_state(config: Config) -> TrainState:
-    """Step 0, from `train.seed` alone."""
+    """Step 0, from `train.seed` alone: the same on every rank.  A collective where torch.distributed is initialised."""
+    train, ranks = config.train, joined(config.objective.assign_ranks)
+    assign = config.stream.crops[0].count
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(train.seed)
         model = Model(config.model)
-        objective = build_objective(config.objective, model.embedding)
-    model.to(config.train.device)
-    objective.to(config.train.device)
-    optimizer = build_optimizer(config.train.optim, parameters_of(model, objective))
-    policy = HalveOnPlateau(config.train.optim, config.train.plateau)
-    return TrainState(model, Ema(model, config.train.ema_decay), objective, optimizer, policy)
+        objective = build_objective(config.objective, model.embedding, assign=assign, batch=train.batch, ranks=ranks)
+    model.to(train.device)
+    objective.to(train.device)
+    optim = train.optim.for_batch(train.batch)
+    policy = HalveOnPlateau(optim, train.plateau)
+    return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamlearn.contract.errors import StreamlearnError
+from streamlearn.learn.accumulate import backward
 from streamlearn.learn.objectives import parameters_of
 from streamlearn.learn.state import TrainState
 
@@ -51,18 +52,17 @@ class NonFinite(StreamlearnError):
     """Too many steps in a row were not finite: the weights or the input are beyond what skipping can mend."""
 
 
-def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20) -> None:
-    """Learn from `batches` until they end.  All that changes is in `state`."""
+def train(
+    state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20, micro_batch: int = 0
+) -> None:
+    """Learn from `batches` until they end, `micro_batch` images at a time (0: all).  All that changes is in `state`."""
     parameters = parameters_of(state.model, state.objective)
     for batch in batches:
         rate = state.policy.rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        device = parameters[0].device
-        z_VBD = state.model([crop.to(device, non_blocking=True) for crop in batch.crops])
-        loss, loss_B = state.objective.loss(z_VBD, state.step, len(batch.crops[0]))
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, loss_B, z_VBD = backward(state.model, state.objective, batch.crops, state.step, part=micro_batch)
         state.objective.before_step(state.step)  # frozen prototypes lose their gradient here
         norm = gradient_norm(parameters)
         sound = bool(torch.isfinite(loss + norm))  # one look, before anything moves
@@ -78,10 +78,10 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
             prequential = float("nan")
             state.ema.undo_buffers(state.model)
         # the mean direction of the assigning views; the stream keeps a moving average of it (MinRed)
-        features_BD = F.normalize(z_VBD.detach()[: len(batch.crops[0])].sum(0), dim=-1)
+        features_BD = F.normalize(z_VBD[: len(batch.crops[0])].sum(0), dim=-1)
         state.stream = batch.taken(features_BD if sound else None)
         count(state, batch, sound, max_bad)
-        step = Step(float(loss.detach()), prequential, float(norm), rate, sound, halved, z_VBD[0].detach())
+        step = Step(float(loss), prequential, float(norm), rate, sound, halved, z_VBD[0])
         for look in watchers:
             look(state, step)
 
