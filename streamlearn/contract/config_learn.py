@@ -36,7 +36,7 @@ class OptimConfig(Section):
 
     kind: Literal["lars", "sgd", "adamw"] = "lars"  # lars for large batches, sgd for small ones
     lr: float = Field(default=0.3, gt=0)  # after warm-up, for a batch of lr_batch images
-    lr_batch: int = Field(default=0, ge=0)  # the rate is scaled linearly from so many images to train.batch; 0: it is for train.batch itself
+    lr_batch: int = Field(default=0, ge=0)  # then scaled linearly to train.batch; 0: lr is for train.batch as it is
     warmup_steps: int = Field(default=500, ge=0)  # linear, once
     warmup_start: Fraction = 0.0  # share of the rate at which the warm-up begins
     momentum: float = Field(default=0.9, ge=0, lt=1)  # without Nesterov; adamw: its first beta

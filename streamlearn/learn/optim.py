@@ -107,7 +107,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = [i for group in saved["param_groups"] for i in group["params"]]
     if sizes != wanted or any(_misfits(saved["state"].get(i, {}), p) for i, p in zip(places, parameters, strict=True)):
-        raise ValueError(f"its optimizer has groups of {sizes} parameters, here they are {wanted}: train.optim.exclude, or the model, differs")
+        raise ValueError(f"its optimizer has groups of {sizes} parameters, here {wanted}: train.optim.exclude, or the model, differs")
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
     for group, own in zip(optimizer.param_groups, options, strict=True):

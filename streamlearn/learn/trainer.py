@@ -52,9 +52,7 @@ class NonFinite(StreamlearnError):
     """Too many steps in a row were not finite: the weights or the input are beyond what skipping can mend."""
 
 
-def train(
-    state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20, micro_batch: int = 0
-) -> None:
+def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20, micro_batch: int = 0) -> None:
     """Learn from `batches` until they end, `micro_batch` images at a time (0: all).  All that changes is in `state`."""
     parameters = parameters_of(state.model, state.objective)
     for batch in batches:
