@@ -1,6 +1,6 @@
 """Optimizers: LARS as SwAV uses it, SGD and AdamW; what they leave alone, and how their state is taken up again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from streamlearn.contract.config import OptimConfig
 
+RUN = 2**26  # elements: 256 MiB put aside; a run costs a dozen launches
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -31,15 +32,13 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "LARS takes no closure"
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            if group["adapt"]:
-                _adapt_(params, grads, group)
-            elif group["weight_decay"]:
-                torch._foreach_add_(grads, torch._foreach_mul(params, group["weight_decay"]))
-            torch._foreach_add_(params, self._momentum(params, grads, group["momentum"]), alpha=-group["lr"])
+            for params in runs([p for p in group["params"] if p.grad is not None]):
+                grads = [p.grad for p in params]
+                if group["adapt"]:
+                    _adapt_(params, grads, group)
+                elif group["weight_decay"]:
+                    torch._foreach_add_(grads, torch._foreach_mul(params, group["weight_decay"]))
+                torch._foreach_add_(params, self._momentum(params, grads, group["momentum"]), alpha=-group["lr"])
 
     def _momentum(self, params: list[Tensor], grads: list[Tensor], momentum: float) -> list[Tensor]:
         """The buffers, this step's gradients in them.  The first gradient is a tensor's first buffer; frozen ones come later."""
@@ -52,6 +51,22 @@ class LARS(torch.optim.Optimizer):
             if not k:
                 self.state[p]["momentum_buffer"] = g.clone()
         return [self.state[p]["momentum_buffer"] for p in params]
+
+
+def runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours, up to RUN elements together: a step puts aside as much as one run, or one tensor, is large."""
+    run: list[Tensor] = []
+    room = 0
+    for p in params:
+        if run and p.numel() > room:
+            yield run
+            run = []
+        if not run:
+            room = RUN
+        run.append(p)
+        room -= p.numel()
+    if run:
+        yield run
 
 
 def _adapt_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from streamlearn.contract.config import ObjectiveConfig, OptimConfig
 from streamlearn.learn.objectives import build_objective, parameters_of
 from streamlearn.learn.optim import build_optimizer
-from streamlearn.learn.ranks import Ranks, joined
+from streamlearn.learn.ranks import joined
 
 B, V, A, D, STEPS = 16, 5, 2, 6, 5
 CASES = {
