@@ -5,6 +5,8 @@ import pytest
 
 from streamlearn.contract.config import OptimConfig, PlateauConfig
 from streamlearn.learn.lr_policy import HalveOnPlateau
+from streamlearn.learn.state import fresh_state
+from tests.learn.world import small_config
 
 
 def policy(**plateau):
@@ -30,6 +32,18 @@ def first_halving(losses, p):
 def test_the_rate_warms_up_once_and_is_constant_then():
     p = policy()
     assert [p.rate(s) for s in (0, 4, 9, 10, 10**9)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0])
+
+
+def test_a_warm_up_may_begin_at_a_share_of_the_rate():
+    p = HalveOnPlateau(OptimConfig(lr=9.6, warmup_steps=8000, warmup_start=1 / 64), PlateauConfig())
+    assert [p.rate(s) for s in (0, 3999, 7999, 8000)] == pytest.approx([0.15 + 9.45 / 8000, 4.875, 9.6, 9.6])
+
+
+def test_a_learner_has_the_rate_of_its_own_batch():
+    config = small_config()
+    optim = config.train.optim.model_copy(update={"lr": 0.3, "lr_batch": 256, "warmup_steps": 0})
+    state = fresh_state(config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})}))
+    assert state.policy.rate(0) == pytest.approx(0.3 * 8 / 256)
 
 
 @pytest.mark.parametrize("level", [0.01, 0.03])
