@@ -40,7 +40,7 @@ class OptimConfig(Section):
     warmup_steps: int = Field(default=500, ge=0)  # linear, once
     warmup_start: Fraction = 0.0  # share of the rate at which the warm-up begins
     momentum: float = Field(default=0.9, ge=0, lt=1)  # without Nesterov; adamw: its first beta
-    beta2: float = Field(default=0.999, ge=0, lt=1)  # adamw
+    second_beta: float = Field(default=0.999, ge=0, lt=1)  # adamw
     weight_decay: float = Field(default=1e-6, ge=0)  # of every parameter, as SwAV has it, but for those left out by `exclude`
     exclude: tuple[Literal["bias", "norm"], ...] = ()  # left out of weight decay and of LARS; norm: weights and biases of normalisation
     trust: float = Field(default=0.001, gt=0)  # lars

@@ -88,7 +88,7 @@ def build_optimizer(config: OptimConfig, *modules: nn.Module) -> torch.optim.Opt
     if config.kind == "lars":
         return LARS(groups, config.lr, config.momentum, config.weight_decay, config.trust)
     if config.kind == "adamw":
-        betas = (config.momentum, config.beta2)
+        betas = (config.momentum, config.second_beta)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, foreach=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
 

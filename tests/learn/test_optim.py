@@ -163,7 +163,7 @@ def test_decay_spares_what_is_left_out(kind):
 
 
 def test_adamw_has_the_configured_betas():
-    group = build_optimizer(OptimConfig(kind="adamw", lr=0.1, momentum=0.8, beta2=0.95), net()).param_groups[0]
+    group = build_optimizer(OptimConfig(kind="adamw", lr=0.1, momentum=0.8, second_beta=0.95), net()).param_groups[0]
     assert group["betas"] == (0.8, 0.95) and group["foreach"]
 
 
