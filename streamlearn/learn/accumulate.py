@@ -7,11 +7,12 @@ balanced over the batch, and over 256 images K = 3000 prototypes cannot be (swav
   2. assign   codes over the whole batch, all ranks and the queue
   3. learn    every part again, with gradient, against its codes; the gradients add up to that of the mean over the batch
 
-The price is step 1, a forward pass of the large crops: 24 % of a step at 2 x 224 + 4 x 96.  Loss, codes and gradients are those of
-the whole batch taken at once, with one exception.  BatchNorm normalises over the part at hand.  So did SEER's, over
-the 128 to 2,048 images of a SyncBN group (8 to 64 GPUs): a part here is a group there, so keep it at a few hundred images.  In both
-passes a part's statistics are the same: codes and predictions come of the same network.  Running statistics take one step of
-their average a part; what is published has them estimated anew.  Without BatchNorm nothing differs from the whole batch.
+The price is step 1, a forward pass of the large crops: 24 % of the arithmetic of a step at 2 x 224 + 4 x 96, 33 % where the head has
+BatchNorm and needs all crops.  Loss, codes and gradients are those of the whole batch taken at once, with one exception:
+BatchNorm normalises over the part at hand.  So did SEER's, over the 128 to 2,048 images of a SyncBN group (8 to 64 GPUs): a part here
+is a group there, so keep it at a few hundred images.  In both passes a part's statistics are the same: codes and predictions
+come of the same network.  Running statistics take one step of their average a part; what is published has them estimated anew.
+Without BatchNorm nothing differs from the whole batch.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,6 @@
 """A few steps of SwAV on one process's part of each batch; run in processes of their own over gloo, and alone for comparison."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ def count_reductions(ranks):
 
 
 def worker(rank, world, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine calls itself
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     found = {case: run(case, joined(config(case).assign_ranks)) for case in CASES if world % (config(case).assign_ranks or 1) == 0}
