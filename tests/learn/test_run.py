@@ -118,5 +118,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_the_remedy(tmp_path):
     other = small_config(max_steps=3)
     optim = other.train.optim.model_copy(update={"kind": "sgd"})
     other = other.model_copy(update={"train": other.train.model_copy(update={"optim": optim})})
-    with pytest.raises(ConfigError, match=r"the checkpoint of step 2 does not fit .*train.optim.kind = 'lars', here it is 'sgd'; set them back"):
+    with pytest.raises(
+        ConfigError, match=r"the checkpoint of step 2 does not fit .*train.optim.kind = 'lars', here it is 'sgd'; set them back"
+    ):
         learn(tmp_path, 3, Shelf(), other)
