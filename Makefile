@@ -24,7 +24,7 @@ run: $(VENV)/.ready  ## the living loop on the demo world; Ctrl-C ends it, the n
 	$(BIN)/streamlearn up --demo --home $(HOME_DIR) $(ARGS)
 
 test: $(VENV)/.ready  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready  ## lint, types, formatting
 	$(BIN)/ruff check .

@@ -141,8 +141,8 @@ def run(name: str, stream_of: Frames, splits: tuple[Split, Split], args: argpars
     bank_ND, test_MD = (features(trunk, s, config.stream.mean, config.stream.std, 256) for s in splits)
     return {
         "steps": state.step,
-        "k-NN %": 100 * accuracy(knn(bank_ND, bank.labels_N, test_MD), test.labels_N),
-        "ridge %": 100 * accuracy(ridge(bank_ND, bank.labels_N, test_MD), test.labels_N),
+        "k-NN %": 100 * accuracy(knn(bank_ND, bank.labels, test_MD), test.labels),
+        "ridge %": 100 * accuracy(ridge(bank_ND, bank.labels, test_MD), test.labels),
         "originals": len(np.unique(stream_of.original[offsets])),
         "classes": float(np.exp(_entropy(np.bincount(stream_of.label[offsets], minlength=10) / len(offsets)))),
         "CPU s": time.process_time() - began,

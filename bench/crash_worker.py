@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from bench.crash_world import PARTITIONS, RETRIES
+from bench.crash_world import PARTITIONS, RETRIES, environment
 from ingest.fetch.run import run_fetch
 from streamlearn.adapters.kafka_log import KafkaLog
 from streamlearn.adapters.s3_store import S3Store, delta_options
@@ -208,6 +208,7 @@ def config_of(orders: Orders, rng: random.Random) -> Config:
 
 def work(orders: Orders) -> None:
     """Be the role, until death, SIGTERM, or an error of our own."""
+    environment()  # a fork server that is older than the benchmark has another
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to hear

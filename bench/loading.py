@@ -4,7 +4,8 @@
 
 Three parts: `core`, one core from the bytes of a JPEG to its views, the variants taking turns at the same images; `large`, the same on
 3-megapixel mosaics of them; `end`, from shards to batches with worker processes.  Variants run in processes of their own, so memory is theirs.
-`deferred` leaves flip, colour, blur and normalisation to the learner's GPU; `workers` does them too, up to the normalisation.
+`deferred` leaves crops, flip, colour, blur and normalisation to the learner's GPU; `cropped` leaves it all but the crops, `workers` nothing but
+the normalisation.  What is left is timed on this CPU, and the bytes are told that it makes a GPU move.
 The floor is libjpeg-turbo alone, decoding at the scale that the crops need.  A peer that is not installed is named as absent.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from bench.loading_ours import MOST
+from bench.loading_ours import MOST, WAYS
 from bench.loading_peers import BATCH, photographs
 
 DATA = Path(os.environ.get("STREAMLEARN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -75,7 +76,7 @@ def core(title: str, images: Path, count: int, args: argparse.Namespace, home: P
     print(f"\n{title}: {count} images, one core, least of {args.passes} passes")
     variants = []
     for name, python, module in (
-        ("official", args.peers, PEERS), ("deferred", sys.executable, OURS), ("workers", sys.executable, OURS), ("floor", sys.executable, OURS),
+        ("official", args.peers, PEERS), *((way, sys.executable, OURS) for way in WAYS), ("floor", sys.executable, OURS),
     ):  # fmt: skip
         more = {} if module == PEERS else {"folder": home, "count": count}
         variant = Variant(name, start(python, module, name, images=images, **more))
@@ -97,10 +98,26 @@ def core(title: str, images: Path, count: int, args: argparse.Namespace, home: P
             f"  {variant.mib:6.0f} MiB  {ratio}  {share}"
         )
         variant.process.communicate()
-    psnr = json.loads(start(sys.executable, OURS, "quality", images=images, count=min(count, args.quality)).communicate()[0])
+    psnr = asked("quality", images=images, folder=home, count=min(count, args.quality))
     print(
         f"  our crops against the official ones: PSNR mean {psnr['mean']:.1f} dB, p5 {psnr['p5']:.1f} dB; decoded at 1/n: {psnr['scales']}"
     )
+    left = asked("device", images=images, folder=home, count=min(count, MOST))
+    print(
+        f"  what deferred leaves to the device, on this CPU: crops {left['single_ms']:.2f} ms an image as a learner on a CPU cuts them, "
+        f"{left['batched_ms']:.1f} ms as a GPU does, distortions {left['distort_ms']:.1f} ms\n"
+        f"  on a GPU it is bandwidth: {left['copied'] / 1e6:.2f} MB an image copied to it ({left['crops'] / 1e6:.2f} of finished crops), about "
+        f"{left['gathered'] / 1e6:.0f} MB read and written there"
+    )
+
+
+def asked(which: str, **options: object) -> dict[str, Any]:
+    process = start(sys.executable, OURS, which, **options)
+    said, trouble = process.communicate()
+    if process.returncode:
+        raise SystemExit(trouble)
+    answer: dict[str, Any] = json.loads(said)
+    return answer
 
 
 def mosaics(photos: list[bytes], count: int, path: Path) -> None:
@@ -145,7 +162,8 @@ def end(photos: list[bytes], args: argparse.Namespace, folder: Path) -> None:
     )
     lay_out(photos, folder)
     names = {"webdataset": "webdataset + official views", "streaming": "MosaicML streaming + official", "litdata": "litdata + official",
-             "end-deferred": "ours, deferred", "end-workers": "ours, painted by the workers",
+             "end-deferred": "ours, deferred", "end-cropped": "ours, cropped by the workers",
+             "end-workers": "ours, painted by the workers",
              "end-floats": "the same, and normalised"}  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(args.rounds):

@@ -5,29 +5,32 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench.loading_peers import BATCH, answer, photographs, timed
 from streamlearn.contract.catalog import Advance, DeltaCatalog, ShardRow
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.shards import STORED, Outcome, ShardSample, ShardWriter, shard_key, sidecar_key, write_sidecar
-from streamlearn.stream import views
+from streamlearn.stream import crop, distort, views
 from streamlearn.stream.crew import Crew, Work
-from streamlearn.stream.decode import Buffer, header, pixels
+from streamlearn.stream.crop import Pile
+from streamlearn.stream.decode import header
 from streamlearn.stream.keys import draws, key
 from streamlearn.stream.loader import Stream
-from streamlearn.stream.worker import BatchSpec, Place, keep_memory, make
+from streamlearn.stream.worker import BatchSpec, Out, Place, keep_memory, make
 
 CONFIG = StreamConfig(workers=2, prefetch=4, fresh_fraction=1.0)
 MOST = 64  # images in one go
+WAYS = ("deferred", "cropped", "workers")  # what is left to the device: crops and distortions, distortions, nothing
 
 
 def places(path: Path, images: list[bytes]) -> list[Place]:
@@ -44,15 +47,69 @@ def planned(images: list[bytes], first: int) -> tuple[Any, Any]:
     return views.plan(draws(key(first), len(images)), sizes, CONFIG.crops)
 
 
-def ours(spots: list[Place], *, paint: bool) -> None:
-    out = tuple(np.zeros((crop.count, MOST, crop.size, crop.size, 3), np.uint8) for crop in CONFIG.crops)
+class Bench:
+    """Memory as the crew's trays have it, for up to MOST images at once."""
 
-    def work(first: int, end: int) -> None:
-        spec = BatchSpec(tuple(spots[first:end]), draws(key(first), end - first))
-        sound = make(CONFIG, spec, tuple(o[:, : end - first] for o in out), paint=paint)
-        assert sound.all()
+    def __init__(self, spots: list[Place]):
+        self.spots, self.sides_V = spots, views.sides(CONFIG.crops)
+        self.table = np.zeros((len(self.sides_V), MOST, crop.COLUMNS), np.int64)
+        self.memory = np.zeros(MOST * crop.per_image(self.sides_V, CONFIG.decoded_bytes), np.uint8)
+        self.crops = tuple(np.zeros((one.count, MOST, one.size, one.size, 3), np.uint8) for one in CONFIG.crops)
 
-    answer(work)
+    def made(self, which: str, first: int, end: int) -> BatchSpec:
+        spec = BatchSpec(tuple(self.spots[first:end]), draws(key(first), end - first))
+        out: Out = self.pile(end - first) if which == "deferred" else tuple(o[:, : end - first] for o in self.crops)
+        assert make(CONFIG, spec, out, paint=which == "workers").all()
+        return spec
+
+    def pile(self, count: int) -> Pile:
+        return Pile(self.table[:, :count], self.memory, self.sides_V)
+
+
+def ours(spots: list[Place], which: str) -> None:
+    bench = Bench(spots)
+    answer(lambda first, end: bench.made(which, first, end))
+
+
+def device(spots: list[Place]) -> None:
+    """What is left to the device, done here: it is no GPU, so what is told of one is how many bytes it moves."""
+    bench, count = Bench(spots), min(MOST, len(spots))
+    spec = bench.made("deferred", 0, count)
+    pile = bench.pile(count)
+    moved = torch.from_numpy(pile.needed())
+    finished = [torch.from_numpy(c[:, :count]).flatten(0, 1) for c in bench.crops]
+
+    def crops(how: Callable[..., torch.Tensor]) -> None:
+        first = 0
+        for one in CONFIG.crops:
+            how(moved, pile.table_VB6[first : first + one.count].reshape(-1, crop.COLUMNS), one.size)
+            first += one.count
+
+    def distortions() -> None:
+        first = 0
+        for rows, one in zip(finished, CONFIG.crops, strict=True):
+            distort.distorted(rows, distort.draw(spec.keys_B, range(first, first + one.count), CONFIG), CONFIG)
+            first += one.count
+
+    def ms(work: Callable[[], None]) -> float:
+        began = time.process_time()
+        work()
+        return 1000 * (time.process_time() - began) / count
+
+    bench.made("cropped", 0, count)
+    print(json.dumps({
+        "batched_ms": ms(lambda: crops(crop.all_at_once)), "single_ms": ms(lambda: crops(crop.one_by_one)), "distort_ms": ms(distortions),
+        "copied": len(moved) / count, "crops": sum(rows.numel() for rows in finished) / count, "gathered": gathered(pile) / count,
+    }), flush=True)  # fmt: skip
+
+
+def gathered(pile: Pile) -> float:
+    """Bytes that crop.all_at_once reads and writes in the device's memory: each tap of each pass gathers (6 a px), and multiplies and adds (27)."""
+    boxes_VB2 = pile.table_VB6[..., [crop.RIGHT, crop.BOTTOM]] - pile.table_VB6[..., [crop.LEFT, crop.TOP]]
+    side_V1 = pile.sides_V[:, None]
+    taps_VB2 = np.ceil(2 * np.maximum(1, boxes_VB2 / side_V1[..., None]))
+    rows, columns = (boxes_VB2[..., 1] * side_V1 * taps_VB2[..., 0]).sum(), (side_V1**2 * taps_VB2[..., 1]).sum()
+    return float(33 * (rows + columns))
 
 
 def floor(images: list[bytes]) -> None:
@@ -79,20 +136,22 @@ def floor(images: list[bytes]) -> None:
     answer(work)
 
 
-def quality(images: list[bytes]) -> None:
-    """PSNR of our crops against full decode and Pillow's antialiased resize (the official crop) of the same boxes."""
-    buffer, found, scales = Buffer(), list[float](), list[int]()
+def quality(images: list[bytes], spots: list[Place]) -> None:
+    """PSNR of our crops (the device's, which are the workers') against full decode and Pillow's antialiased resize (the official crop) of the
+    same boxes.
+    """
+    bench, found, scales = Bench(spots), list[float](), list[int]()
     for i, data in enumerate(images):
         boxes_V14, scale_1 = planned([data], i)
-        known, scale = header(data), int(scale_1[0])
-        scales.append(scale)
-        whole = Image.open(io.BytesIO(data)).convert("RGB")
-        image = pixels(data, known, scale=scale, buffer=buffer)
-        for box, side in zip(boxes_V14[:, 0], views.sides(CONFIG.crops).tolist(), strict=True):
-            reference = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR, box=tuple(box.tolist())), dtype=np.float32)
-            crop = np.empty((side, side, 3), np.uint8)
-            views.cut(image, box // scale, crop)
-            error = float(np.square(reference - crop).mean())
+        scales.append(int(scale_1[0]))
+        bench.made("deferred", i, i + 1)
+        pile = bench.pile(1)
+        whole = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # upright, as ours
+        for view, (box, side) in enumerate(zip(boxes_V14[:, 0], views.sides(CONFIG.crops).tolist(), strict=True)):
+            # cut before it is resized, as torchvision has it: resize(box=...) looks beyond the box
+            reference = np.asarray(whole.crop(box.tolist()).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
+            view_1SSC = crop.all_at_once(torch.from_numpy(pile.memory), pile.table_VB6[view], side)
+            error = float(np.square(reference - view_1SSC[0].numpy()).mean())
             found.append(10 * np.log10(255**2 / max(error, 1e-6)))
     used = {str(s): scales.count(s) for s in sorted(set(scales))}
     print(json.dumps({"mean": float(np.mean(found)), "p5": float(np.quantile(found, 0.05)), "scales": used}), flush=True)
@@ -124,23 +183,30 @@ def world(home: Path, images: list[bytes], per_shard: int) -> None:
 
 
 class Bytes(Crew):
-    """Hands over bytes as they would be copied to a GPU, which does the rest; there is none here."""
+    """Copies the bytes to other memory, as they would be to a GPU, which does the rest; there is none here.  That memory is kept, as a GPU's is."""
+
+    copies: list[torch.Tensor] | None = None
 
     def crops(self, work: Work) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.from_numpy(pixels_VBSSC).clone() for pixels_VBSSC in self._trays.arrays(work.tray))
+        parts = self._bytes(work)
+        if self.copies is None:
+            room = self._trays.arrays(work.tray)
+            self.copies = [torch.empty(array.size, dtype=torch.uint8) for array in (room if len(parts) == len(room) else room[1:])]
+        return tuple(copy[: part.numel()].copy_(part.flatten()) for copy, part in zip(self.copies, parts, strict=True))
 
 
-ENDS: dict[str, tuple[type[Crew], str]] = {
-    "deferred": (Bytes, "device"),  # flip, colour, blur and normalisation left to the device
-    "workers": (Bytes, "workers"),  # normalisation left to the device
-    "floats": (Crew, "workers"),  # nothing left: a learner on the CPU
+ENDS: dict[str, tuple[type[Crew], dict[str, object]]] = {
+    "deferred": (Bytes, {"augment": "device"}),  # crops, flip, colour, blur and normalisation left to the device
+    "cropped": (Bytes, {"augment": "device", "decoded_bytes": 0}),  # all but the crops
+    "workers": (Bytes, {"augment": "workers"}),  # normalisation left to the device
+    "floats": (Crew, {"augment": "workers"}),  # nothing left: a learner on the CPU
 }
 
 
 def end_to_end(which: str, folder: Path, workers: int, batches: int) -> None:
     catalog, store = DeltaCatalog(str(folder / "store" / "catalog"), log_id="bench"), FolderStore(folder / "store")
-    crew, augment = ENDS[which]
-    config = CONFIG.model_copy(update={"workers": workers, "augment": augment})
+    crew, how = ENDS[which]
+    config = CONFIG.model_copy(update={"workers": workers, **how})
     stream = Stream(config, catalog, store, folder / "cache", batch=BATCH, state=None, stop=threading.Event())
     stream.crew.close()
     stream.crew = crew(config, batch=BATCH, device=torch.device("cpu"))
@@ -158,7 +224,7 @@ def end_to_end(which: str, folder: Path, workers: int, batches: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", choices=["deferred", "workers", "floor", "quality", "world", *(f"end-{end}" for end in ENDS)])
+    parser.add_argument("which", choices=[*WAYS, "device", "floor", "quality", "world", *(f"end-{end}" for end in ENDS)])
     parser.add_argument("--images", type=Path, help="a tar of JPEGs")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--count", type=int)
@@ -170,7 +236,7 @@ if __name__ == "__main__":
     if args.which.startswith("end-"):
         end_to_end(args.which.removeprefix("end-"), args.folder, args.workers, args.batches)
     elif args.which == "quality":
-        quality(loaded)
+        quality(loaded, places(args.folder / "quality.bin", loaded))
     elif args.which == "world":
         world(args.folder, loaded, 256)
     else:
@@ -178,4 +244,5 @@ if __name__ == "__main__":
         if args.which == "floor":
             floor(loaded)
         else:
-            ours(places(args.folder / f"{args.which}.bin", loaded), paint=args.which == "workers")
+            spots = places(args.folder / f"{args.which}.bin", loaded)
+            device(spots) if args.which == "device" else ours(spots, args.which)

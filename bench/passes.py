@@ -68,6 +68,8 @@ def learn(home: Path, samples: int) -> None:
     checkpoints = Checkpoints(store, keep=2)
     saved = checkpoints.load() or {"fresh": torch.zeros(samples, dtype=torch.int64), "batches": 0, "stream": None}
     fresh, taken = saved["fresh"], saved["batches"]
+    if int(fresh.sum()) >= samples:
+        return  # it was killed between its last checkpoint and its end
     stream = Stream(CONFIG, catalog, store, home / "cache", batch=BATCH, state=saved["stream"], stop=threading.Event())
     state = saved
     try:
@@ -95,8 +97,8 @@ def drive(home: Path, samples: int, kills: int, seed: int, limit_s: float) -> in
     command = [sys.executable, "-m", "bench.passes", "--home", str(home), "--samples", str(samples), "--learn"]
     shown = 0
     while time.monotonic() < deadline:
-        # images come as learning goes on, so that the last kill finds work too
-        published = min(samples, -(-samples * (killed + 1) // max(1, kills) // A_SHARD) * A_SHARD)
+        # images come as learning goes on, and the last of them after the last kill: until then it cannot end by itself
+        published = min(samples, -(-samples * (killed + 1) // (kills + 1) // A_SHARD) * A_SHARD)
         if published > shown:
             publish(home, [coloured(n) for n in range(shown, published)], "png", A_SHARD, start=shown)
             shown = published

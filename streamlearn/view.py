@@ -23,7 +23,9 @@ INGEST = (
 TRAIN = (
     *("state", "step", "images", "fresh", "images_per_s", "loss", "lr", "halvings", "round", "cursor", "wait_share", "perplexity"),
     *("code_entropy", "effective_rank", "bad_steps", "last_snapshot", "last_checkpoint", "checkpoint_failures", "stream"),
+    *("waiting", "waiting_since", "waiting_s", "waiting_at"),
 )
+WAITERS = (("fetch", "ingest"), ("train", "train"))  # roles, and where the view has them
 OLD_S = 30.0  # a heartbeat older than this is said to be old
 
 
@@ -81,8 +83,9 @@ def line(view: Mapping[str, Any], seconds: float) -> str:
     ]
     if failing := [name for name, count in view["restarts"].items() if count]:
         parts.append("restarts " + ", ".join(f"{name} {view['restarts'][name]}" for name in failing))
-    if ingest.get("waiting"):
-        parts.append(f"WAITING for {ingest['waiting_s']:.0f} s: {ingest['waiting']}")
+    for role in (ingest, train):
+        if role.get("waiting"):
+            parts.append(f"WAITING for {role['waiting_s']:.0f} s: {role['waiting']}")
     return " | ".join(parts)
 
 
@@ -174,8 +177,8 @@ def _failures(view: Mapping[str, Any]) -> RenderableType:
             "  ".join(f"{name.removeprefix('rejected:')} {count}" for name, count in sorted(outcomes.items(), key=lambda i: -i[1])),
             style="dim",
         )
-    waiting = f"fetch waits since {view['ingest'].get('waiting_since')} for"
-    for label, value in ((waiting, view["ingest"].get("waiting")), ("snapshots that cannot be measured", view["evaluate"].get("failed"))):
+    waits = [(f"{name} waits since {view[room].get('waiting_since')} for", view[room].get("waiting")) for name, room in WAITERS]
+    for label, value in (*waits, ("snapshots that cannot be measured", view["evaluate"].get("failed"))):
         if value:
             text.append(f"\n{label}: {value}", style="red")
     for name, connector in view["connectors"].items():

@@ -1,11 +1,14 @@
 """Fixtures shared by all rooms."""
 
+import contextlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.adapters.oci import docker_registry  # noqa: F401  likewise
 from tests.adapters.s3 import bucket, s3_environment, s3_server  # noqa: F401  fixtures of all rooms: here, so that a session has one server
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: idle threads must not spin while roles run beside the tests
@@ -20,6 +23,19 @@ def missing(what: str) -> None:
     if os.environ.get("STREAMLEARN_REQUIRE_SERVICES") == "1":
         pytest.fail(f"{what}, and STREAMLEARN_REQUIRE_SERVICES=1")
     pytest.skip(what)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    """The folder, made as a file system of its own of so many bytes, such as "64k"."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        missing(f"cannot mount a small tmpfs: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

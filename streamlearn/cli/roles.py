@@ -18,7 +18,7 @@ from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError, StreamlearnError
 from streamlearn.contract.event_log import EventLog, SqliteLog
 from streamlearn.contract.object_store import FolderStore, ObjectStore
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.status import Heartbeat
 
 ROLES = ("demo", "connect", "fetch", "train", "evaluate")
@@ -54,7 +54,11 @@ class Home:
             return DeltaCatalog(S3Store(self.config.store).uri(CATALOG), log_id=log_id, storage_options=delta_options(self.config.store))
         return DeltaCatalog(str(self.path / "store" / CATALOG), log_id=log_id)
 
-    def registry(self) -> OciLayout:
+    def registry(self) -> Registry:
+        if self.config.snapshots.registry:
+            from streamlearn.adapters.oci_registry import OciRegistry
+
+            return OciRegistry(self.config.snapshots, self.path / "transfers")
         return OciLayout(self.path / "registry")
 
 
@@ -138,4 +142,6 @@ def _train(config: Config, home: Home, registry: CollectorRegistry, heartbeat: H
 def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from streamlearn.probes.evaluator import run_evaluate
 
-    run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop)
+    # positions are the log's matter: the evaluator only follows, and needs no log
+    intake = (home.catalog(""), home.store()) if config.probe.drift_window else None
+    run_evaluate(config, home.registry(), metrics.EvaluatorMetrics(registry), heartbeat, stop, home=home.path, intake=intake)

@@ -1,4 +1,4 @@
-"""`streamlearn snapshots`: list, show, verify, pull."""
+"""`streamlearn snapshots`: list, show, tags, verify, pull, copy, export, gc."""
 
 import json
 from pathlib import Path
@@ -7,31 +7,49 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from streamlearn.cli.roles import Home
+from streamlearn.contract import config_file
+from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import OciLayout, Registry
+from streamlearn.contract.registry_gc import collect
 from streamlearn.snapshots import pull as reading
+from streamlearn.snapshots.copy import copy as copy_snapshot
 
 HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
+FORMATS = ("timm", "vissl", "pycls", "onnx", "torch-export")  # snapshots/export.py; here so that `--help` does not wait for torch
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 
 
-def open_registry(home: Path) -> OciLayout:
-    if not (home / "registry" / "oci-layout").exists():
+ADDRESS = click.option("--registry", "address", default="", help="oci://host/repository.  [default: the loop's own]")
+
+
+def config_of(home: Path, address: str = "") -> Config:
+    """The loop's, if there is one, with the environment's overrides and another registry."""
+    path = home / "config.json"
+    base = config_file.from_json(path.read_text(), where=str(path)) if path.exists() else None
+    return config_file.load(None, base=base, overrides={"snapshots.registry": json.dumps(address)} if address else {})
+
+
+def open_registry(home: Path, address: str = "") -> Registry:
+    config = config_of(home, address)
+    if not config.snapshots.registry and not (home / "registry" / "oci-layout").exists():
         raise ConfigError(f"{home / 'registry'}: no snapshots yet; `streamlearn up --home {home}` makes them")
-    return OciLayout(home / "registry")
+    return Home(home, config).registry()
 
 
 @click.group()
 def snapshots() -> None:
-    """List, show, pull and verify published models."""
+    """List, show, pull, verify, copy and export published models."""
 
 
 @snapshots.command("list")
 @HOME
+@ADDRESS
 @JSON
-def list_(home: Path, as_json: bool) -> None:
+def list_(home: Path, address: str, as_json: bool) -> None:
     """All snapshots, oldest first, with what was measured of them."""
-    rows = reading.list_snapshots(open_registry(home))
+    rows = reading.list_snapshots(open_registry(home, address))
     if as_json:
         click.echo(json.dumps([row.__dict__ for row in rows], indent=2))
         return
@@ -47,17 +65,19 @@ def list_(home: Path, as_json: bool) -> None:
 @snapshots.command()
 @click.argument("reference")
 @HOME
-def show(reference: str, home: Path) -> None:
+@ADDRESS
+def show(reference: str, home: Path, address: str) -> None:
     """One snapshot: files, lineage, metrics, results.  REFERENCE: a tag or a digest."""
-    click.echo(json.dumps(reading.show(open_registry(home), reference), indent=2))
+    click.echo(json.dumps(reading.show(open_registry(home, address), reference), indent=2))
 
 
 @snapshots.command()
 @click.argument("reference")
 @HOME
-def verify(reference: str, home: Path) -> None:
+@ADDRESS
+def verify(reference: str, home: Path, address: str) -> None:
     """Read every byte of a snapshot and check it."""
-    for line in reading.verify(open_registry(home), reference):
+    for line in reading.verify(open_registry(home, address), reference):
         click.echo(f"ok {line}")
 
 
@@ -65,7 +85,68 @@ def verify(reference: str, home: Path) -> None:
 @click.argument("reference")
 @click.argument("folder", type=click.Path(path_type=Path))
 @HOME
-def pull(reference: str, folder: Path, home: Path) -> None:
+@ADDRESS
+def pull(reference: str, folder: Path, home: Path, address: str) -> None:
     """Copy a snapshot to a new FOLDER, verified."""
-    for path in reading.pull(open_registry(home), reference, folder):
+    for path in reading.pull(open_registry(home, address), reference, folder):
         click.echo(str(path))
+
+
+@snapshots.command()
+@click.argument("reference")
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--to", required=True, type=click.Choice(FORMATS), help="Who is to read it.")
+@click.option("--force", is_flag=True, help="Replace FOLDER, if all it holds is an export.")
+@click.option(
+    "--classes", type=click.IntRange(1), default=1000, show_default=True, help="Of pycls's classifier, which is written as zeros."
+)
+@HOME
+@ADDRESS
+def export(reference: str, folder: Path | None, *, to: str, force: bool, classes: int, home: Path, address: str) -> None:
+    """Write a snapshot for another framework to a new FOLDER.  [default: NAME-VERSION-TO, here]"""
+    from streamlearn.snapshots.export import export as write
+
+    folder, loading = write(open_registry(home, address), reference, folder, to, force=force, classes=classes)
+    for path in sorted(folder.iterdir()):
+        click.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
+    click.echo(f"\nnext, in Python:\n\n{loading}")
+
+
+@snapshots.command()
+@HOME
+@ADDRESS
+def tags(home: Path, address: str) -> None:
+    """All tags, and the digest that each points to."""
+    for name, known in sorted(open_registry(home, address).tags().items()):
+        click.echo(f"{name}\t{known.digest}")
+
+
+@snapshots.command()
+@click.argument("reference")
+@click.argument("target")
+@click.option("--as", "tag", default="", help="The tag there.  [default: REFERENCE]")
+@HOME
+@ADDRESS
+def copy(reference: str, target: str, tag: str, home: Path, address: str) -> None:
+    """Copy a snapshot and all that refers to it to TARGET: oci://host/repository, or a folder, which becomes an OCI layout."""
+    if not tag and reference.startswith("sha256:"):
+        raise ConfigError("a snapshot that is named by its digest needs a tag there: --as TAG")
+    source = open_registry(home, address)
+    if target.startswith("oci://"):
+        there = Home(home, config_of(home, target)).registry()
+    else:
+        there = OciLayout(Path(target))
+    known = copy_snapshot(source, there, reference, tag or reference, told=lambda digest: click.echo(f"sent {digest}"))
+    click.echo(f"{tag or reference}\t{known.digest}")
+
+
+@snapshots.command()
+@click.option("--grace-hours", default=24.0, show_default=True, type=click.FloatRange(min=0), help="Younger content is kept.")
+@HOME
+def gc(grace_hours: float, home: Path) -> None:
+    """Drop what no tag leads to from the loop's own registry: no snapshot with a tag, and nothing that refers to one."""
+    registry = open_registry(home)
+    if not isinstance(registry, OciLayout):
+        raise ConfigError("a registry behind a network collects its own garbage; see its documentation")
+    done = collect(registry, grace_s=grace_hours * 3600)
+    click.echo(f"dropped {done.manifests} manifests, {done.files} files, {done.bytes / 1e6:.1f} MB")

@@ -21,10 +21,12 @@ from streamlearn.contract import durable
 from streamlearn.contract.config import BankConfig, Config, ConnectorConfig
 from streamlearn.contract.config_file import from_json, load
 from streamlearn.contract.errors import ConfigError, Retryable
+from streamlearn.contract.export import is_path
 from streamlearn.contract.status import read_status
 from streamlearn.supervise import RoleSpec, exclusive, supervise
 
 PLAIN_S = 10.0  # between lines when the output is not a terminal
+CHECKPOINTS = "store/checkpoints/latest.json"  # of a home whose store is a folder
 FIXED = ("model", "objective")  # what a home cannot change once it has learnt
 FIXED_STREAM = ("seed", "fresh_fraction", "replay", "reservoir")
 SMALL_PX = 64  # up to this, images are learnt by the recipe for small ones
@@ -87,6 +89,9 @@ def _resolve(
     else:
         folder = (home or Path(".streamlearn")).resolve()
         config = load(None, base=_preset(demo, images, urls, folder), overrides=overrides)
+    if is_path(config.train.init):
+        init = ((file.parent if file else Path()) / config.train.init).resolve()
+        config = config.model_copy(update={"train": config.train.model_copy(update={"init": str(init)})})
     if probe is not None:
         bank = BankConfig(name="probe", train=str(probe.resolve()))
         config = config.model_copy(update={"probe": config.probe.model_copy(update={"banks": (*config.probe.banks, bank)})})
@@ -140,6 +145,8 @@ def _prepare(config: Config, folder: Path) -> None:
     path = folder / "config.json"
     if path.exists():
         _compatible(from_json(path.read_text(), where=str(path)), config, folder)
+    if is_path(config.train.init) and not Path(config.train.init).exists() and not (folder / CHECKPOINTS).exists():
+        raise ConfigError(f"train.init = {config.train.init!r}: no such file; only a home that has not learnt yet needs it")
     if config.demo.enabled:
         from streamlearn.demo.run import world_of, write_banks
 
@@ -157,7 +164,7 @@ def _prepare(config: Config, folder: Path) -> None:
 
 def _compatible(before: Config, after: Config, folder: Path) -> None:
     """A home goes on with the model, the log and the order it began with."""
-    if not (folder / "store" / "checkpoints" / "latest.json").exists():
+    if not (folder / CHECKPOINTS).exists():
         return
     old, new = before.model_dump(), after.model_dump()
     pairs: list[tuple[str, Any, Any]] = [(name, old[name], new[name]) for name in FIXED]

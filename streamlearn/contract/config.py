@@ -11,6 +11,9 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from streamlearn.contract.config_learn import ModelConfig, ObjectiveConfig, OptimConfig, PlateauConfig, TrainConfig
+from streamlearn.contract.config_probe import BankConfig, ProbeConfig
+from streamlearn.contract.config_snapshots import SnapshotsConfig
+from streamlearn.contract.config_stream import CropConfig, StreamConfig
 from streamlearn.contract.event_log import OURS
 from streamlearn.contract.object_store import is_key
 from streamlearn.contract.section import Fraction, Section
@@ -18,7 +21,7 @@ from streamlearn.contract.section import Fraction, Section
 __all__ = [
     "BankConfig", "Config", "ConnectConfig", "ConnectorConfig", "CropConfig", "DatasetConfig", "DemoConfig", "FetchConfig", "Fraction",
     "KafkaConfig", "LogConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "PlateauConfig", "ProbeConfig", "Section", "ShardConfig",
-    "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
+    "SnapshotsConfig", "StoreConfig", "StreamConfig", "SuperviseConfig", "TrainConfig",
 ]  # fmt: skip
 
 
@@ -155,9 +158,7 @@ class FetchConfig(Section):
     connect_timeout_s: float = Field(default=5.0, gt=0)  # until the socket is open
     total_timeout_s: float = Field(default=15.0, gt=0)  # one image, all redirects, header to last byte
     max_bytes: int = Field(default=20 * 2**20, ge=1024)  # of one image
-    buffer_bytes: int = Field(
-        default=2**28, ge=2**20
-    )  # of images that wait in memory for the ones before them; then nothing more is asked for
+    buffer_bytes: int = Field(default=2**28, ge=2**20)  # of images that wait in memory for the ones before them; then no more are asked for
     spool_bytes: int = Field(default=2**33, ge=2**20)  # on local disk, of open shards; then the largest is sealed early
     max_pixels: int = Field(default=64_000_000, ge=1024)  # by its header, before any decoding
     min_side: int = Field(default=16, ge=1)  # px; smaller images are trackers and spacers
@@ -168,9 +169,7 @@ class FetchConfig(Section):
     user_agent: str = "streamlearn/0.1 (+https://example.org/streamlearn; set fetch.user_agent to your contact)"  # honest, with a contact
     allow_networks: tuple[str, ...] = ()  # CIDR blocks exempt from the guard against private addresses
     robots: bool = True  # obey robots.txt (RFC 9309), by the product token: user_agent up to its "/"
-    robots_ttl_s: float = Field(
-        default=86400.0, gt=0
-    )  # a robots.txt is kept so long, or as its max-age says if that is shorter (not under 1 h)
+    robots_ttl_s: float = Field(default=86400.0, gt=0)  # a robots.txt is kept so long, or as its max-age says if shorter (not under 1 h)
     robots_retry_s: float = Field(default=600.0, gt=0)  # until a robots.txt that could not be had (5xx, no answer) is asked for again
     robots_entries: int = Field(default=4096, ge=1)  # origins whose rules are kept; the least lately used goes
     max_crawl_delay_s: float = Field(default=60.0, ge=0)  # a host that asks for more is left alone: refused, not queued for ever
@@ -205,79 +204,6 @@ class DatasetConfig(Section):
     window_days: float = Field(default=90.0, gt=0)  # since a shard's last image was fetched; then `expire` ends it
     grace_days: float = Field(default=7.0, ge=0)  # from a shard's end to the deletion of its objects: learners may be reading them
     refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
-
-
-class CropConfig(Section):
-    """One resolution of the multi-crop (SwAV, arXiv:2006.09882, section 3.2)."""
-
-    count: int = Field(ge=1)  # views of each image
-    size: int = Field(ge=8)  # px
-    scale: tuple[float, float]  # share of the image's area
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale = {self.scale}: must be 0 < low <= high <= 1")
-        return self
-
-
-class StreamConfig(Section):
-    """From catalog to batches."""
-
-    seed: int = 0  # of the order and the augmentations
-    crops: tuple[CropConfig, ...] = (
-        CropConfig(count=2, size=224, scale=(0.14, 1.0)),
-        CropConfig(count=4, size=96, scale=(0.05, 0.14)),
-    )
-    jitter: float = Field(default=1.0, ge=0)  # colour distortion strength s: .8s .8s .8s .2s, p = 0.8, gray p = 0.2
-    # who flips, colours and blurs: auto is the learner's device if that is not the CPU; there on whole batches, in the workers on bytes
-    augment: Literal["auto", "workers", "device"] = "auto"
-    blur: Fraction = 0.5  # probability of Gaussian blur, sigma 0.1-2.0 px
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the pixels, RGB in 0-1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise
-    fresh_fraction: float = Field(default=0.5, gt=0, le=1)  # of a round; the rest is replay
-    max_replay_per_fresh: float = Field(default=1.0, ge=0)  # replays ever drawn per fresh image ever learnt (idle rounds)
-    max_replays: int = Field(default=0, ge=0)  # of one sample while it is kept; 0: any number
-    replay: Literal["reservoir", "minred", "fifo"] = "reservoir"  # which samples are kept: a uniform draw, the least redundant, the newest
-    reservoir: int = Field(default=65536, ge=1)  # samples that replay draws from
-    round_samples: int = Field(default=4096, ge=1)  # fresh samples in a round, at most (whole shards; at least one shard)
-    workers: int = Field(default=2, ge=0)  # decode processes; 0: in the trainer's own process
-    prefetch: int = Field(default=4, ge=1)  # batches ahead
-    cache_bytes: int = Field(default=4 * 2**30, ge=2**20)  # local copies of shards
-    poll_s: float = Field(default=1.0, gt=0)  # between looks at the catalog when there is nothing to learn
-
-    @model_validator(mode="after")
-    def _judged(self) -> Self:
-        if self.replay == "minred" and self.reservoir < 2 * self.round_samples:
-            raise ValueError(
-                f"replay = 'minred' with reservoir = {self.reservoir}, round_samples = {self.round_samples}: what a round brings in can only be "
-                "weighed against twice as many that were seen; raise reservoir, or lower round_samples"
-            )
-        return self
-
-
-class BankConfig(Section):
-    """A labelled bank: an image folder (one sub-folder a class) or a parquet file with bytes and label."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # in every result and plot
-    train: str  # the bank: a folder or a .parquet file
-    test: str = ""  # empty: every fifth image of `train`, by hash of its bytes
-    image_column: str = "jpeg"  # of a parquet: the encoded bytes
-    label_column: str = "label"  # of a parquet
-    max_train: int = Field(default=10_000, ge=10)  # images used, balanced over the classes
-    max_test: int = Field(default=10_000, ge=10)  # likewise
-
-
-class ProbeConfig(Section):
-    """How snapshots are measured."""
-
-    banks: tuple[BankConfig, ...] = ()
-    k: int = Field(default=20, ge=1)  # neighbours of the weighted k-NN
-    temperature: float = Field(default=0.07, gt=0)  # of its votes
-    batch: int = Field(default=256, ge=1)  # images in one forward pass
-    threads: int = Field(default=1, ge=0)  # torch CPU threads, kept from the learner
-    poll_s: float = Field(default=2.0, gt=0)  # between looks at the registry
 
 
 class DemoConfig(Section):
@@ -321,6 +247,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
     probe: ProbeConfig = ProbeConfig()
     demo: DemoConfig = DemoConfig()
     supervise: SuperviseConfig = SuperviseConfig()

@@ -7,6 +7,7 @@ Every complaint names the file (or variable), the key, the value and the remedy,
 import difflib
 import json
 import os
+import re
 import tomllib
 import types
 import typing
@@ -150,7 +151,8 @@ def _complaint(error: ErrorDetails, root: type[BaseModel], where: str, origins: 
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return f"{place}: {message}"
-    return f"{place}: {key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+    shown = re.sub(r"://[^/@\s]+@", "://…@", repr(error["input"]))  # a password in an address goes into no log
+    return f"{place}: {key} = {shown}: {message[:1].lower()}{message[1:]}"
 
 
 def _keys(root: Any, loc: list[str]) -> list[str]:

@@ -65,6 +65,8 @@ class TrainConfig(Section):
     """The learner."""
 
     seed: int = 0  # of the initial weights
+    init: str = ""  # a file of weights, such as a public SEER checkpoint, or a tag of this home's registry; empty: random weights
+    init_parts: Literal["trunk", "all"] = "trunk"  # of that file; all: projection head and prototypes too
     batch: int = Field(default=64, ge=2)  # images in a step
     micro_batch: int = Field(default=0, ge=0)  # images of one process in one forward and backward pass (learn/accumulate.py); 0: all
     threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
@@ -79,6 +81,8 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
     max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
     name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
+    license: str = Field(default="Apache-2.0", min_length=1)  # of the published weights, as SPDX has it; likewise
+    source: str = ""  # URL of the code, likewise; empty: not said
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,30 @@ def publish(staged: Path, path: Path) -> None:
         _sync_folder(path.parent)
     except OSError as e:
         raise translate(e, path) from e
+
+
+def publish_folder(staged: Path, folder: Path, *, replace: bool = False) -> None:
+    """Move a finished, flat folder into its place: files synced, then renamed.  Same file system.  Raises FileExistsError unless `replace`.
+
+    Replacing takes two renames, since no folder can be renamed onto a full one: killed between them, the old one lies beside its place as
+    `.<name>.<random>.old`.
+    """
+    try:
+        for path in staged.iterdir():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+        _sync_folder(staged)
+        old = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.old")
+        if folder.exists() and not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        if folder.exists():
+            folder.rename(old)
+        staged.rename(folder)
+        _sync_folder(folder.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as e:
+        raise translate(e, folder) from e
 
 
 def sync(path: Path) -> None:

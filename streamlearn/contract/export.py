@@ -25,4 +25,24 @@ class Export:
     config: Mapping[str, Any]
     config_digest: str
     revision: str = ""  # of the code
-    notes: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""  # URL of the code
+    license: str = "Apache-2.0"  # of the weights, as SPDX has it
+    notes: Mapping[str, str] = field(default_factory=dict)  # further lineage, such as `init`: what the weights began as
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """The other way: what a run begins as, under the learner's names."""
+
+    source: str  # file name, or the snapshot's tag and step
+    digest: str  # sha256 of the file, or of the snapshot's manifest
+    layout: str  # whose names it had
+    trunk: Mapping[str, Any]  # pycls's name -> tensor
+    head: Mapping[str, Any] = field(default_factory=dict)  # name in the projection head -> tensor
+    prototypes: Any = None  # (K,D)
+    left: tuple[str, ...] = ()  # names that are neither
+
+
+def is_path(init: str) -> bool:
+    """Whether `train.init` names a file or folder, rather than a tag or a digest of the home's registry."""
+    return "/" in init or init.endswith((".torch", ".pth", ".pt", ".pyth", ".pkl", ".bin", ".ckpt", ".safetensors"))

@@ -14,6 +14,11 @@ STEPS = (
     "spool",
     "seal",
 )  # of the fetcher, that may have to wait: for the log, the store, the catalog, a disk
+OTHER = "other"  # a source or bank that the configuration does not name
+EVALUATED = (
+    *("effective_rank", "rankme", "participation_ratio", "alpha_req", "uniformity", "alignment", "lidar"),
+    *("code_entropy", "prototype_perplexity"),
+)  # label-free measures
 
 
 class ConnectMetrics:
@@ -71,6 +76,19 @@ class LearnerMetrics:
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
         self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
+        self.batches_ahead = Gauge("learner_batches_ahead", "Batches made, or in the making, ahead of the learner", registry=registry)
+        self.shards_ahead = Gauge("learner_shards_ahead", "Shards on this disk that only later batches need", registry=registry)
+        self.downloads = Counter("learner_downloads", "Shards downloaded by this process", registry=registry)
+        self.download_bytes = Counter("learner_download_bytes", "Their bytes", registry=registry)
+        self.stream_failures = Counter("learner_stream_failures", "Tries of the stream that failed and are waited out", registry=registry)
+        self.waiting = Gauge(
+            "learner_waiting_seconds",
+            "How long the stream has waited for the store, the catalog or a disk; 0: it does not",
+            registry=registry,
+        )
+        self.cache_bytes = Gauge("learner_cache_bytes", "Local copies of shards, of all learners of the folder", registry=registry)
+        self.cache_hits = Counter("learner_cache_hits", "Shards that were there when they were wanted", registry=registry)
+        self.cache_evictions = Counter("learner_cache_evictions", "Copies that made room for others", registry=registry)
         self.checkpoints = Counter("learner_checkpoints", "Checkpoints committed", registry=registry)
         self.checkpoint_failures = Counter("learner_checkpoint_failures", "Checkpoints that could not be written", registry=registry)
         self.snapshots = Counter("learner_snapshots", "Snapshots published", registry=registry)
@@ -83,9 +101,36 @@ class EvaluatorMetrics:
         self.evaluated = Counter("evaluator_snapshots", "Snapshots measured", registry=registry)
         self.failed = Counter("evaluator_failures", "Snapshots that could not be measured", registry=registry)
         self.pending = Gauge("evaluator_pending_snapshots", "Snapshots not measured yet", registry=registry)
-        # the banks of the config are the closed set
-        self.accuracy = Gauge("evaluator_accuracy_ratio", "Accuracy of the newest snapshot", ["bank", "probe"], registry=registry)
+        self.refused_banks = Gauge(
+            "evaluator_refused_banks", "Banks that cannot be read, or are not what was registered", registry=registry
+        )
+        # closed sets: the banks of the config and `other` (the registered ones); names in probes/
+        self.accuracy = Gauge(
+            "evaluator_accuracy_ratio", "Accuracy (mAP of a multi-label bank) of the newest snapshot", ["bank", "probe"], registry=registry
+        )
         self.rank = Gauge("evaluator_effective_rank", "Effective rank of the features on the bank", ["bank"], registry=registry)
+        self.label_free = Gauge(
+            "evaluator_label_free", "Label-free measures of the newest snapshot", ["bank", "measure"], registry=registry
+        )
+        self.alarm = Gauge(
+            "evaluator_collapse_alarm", "1: this measure says that the features have collapsed", ["bank", "measure"], registry=registry
+        )
+        self.transfer = Gauge(
+            "evaluator_transfer_ratio", "Forgetting and transfer over the generations", ["measure", "probe"], registry=registry
+        )
+        self.prequential = Gauge(
+            "evaluator_prequential_loss_nats", "Average loss on images before they were learnt, as the report draws it", registry=registry
+        )
+        # closed set: the sources of the config, and `other`
+        self.drift = Gauge(
+            "evaluator_drift_frechet", "Fréchet-64 distance of the last window from the first", ["source"], registry=registry
+        )
+        self.drift_threshold = Gauge("evaluator_drift_threshold", "What it may be without drift (bootstrap)", ["source"], registry=registry)
+        self.drift_windows = Counter("evaluator_drift_windows", "Windows by what was found", ["source", "found"], registry=registry)
+        self.cache_bytes = Gauge("evaluator_feature_cache_bytes", "Features on disk", registry=registry)
+        self.cache_hits = Counter("evaluator_feature_cache_hits", "Features found there", registry=registry)
+        self.cache_misses = Counter("evaluator_feature_cache_misses", "Features that had to be computed", registry=registry)
+        self.yielded = Counter("evaluator_yielded_seconds", "Time the device was left to the learner", registry=registry)
         self.seconds = Histogram(
             "evaluator_duration_seconds", "One snapshot on all banks", registry=registry, buckets=(1, 5, 15, 60, 300, 1800)
         )

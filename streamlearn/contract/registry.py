@@ -1,61 +1,66 @@
 """The registry of snapshots: content-addressed blobs, manifests, tags that move in one step.
 
-Any OCI registry when deployed; an OCI image layout folder (image-spec v1.1), the default, below.  skopeo, oras and zot read it as it is.
+Any OCI registry when deployed (adapters/oci_registry.py); an OCI image layout folder (image-spec v1.1), the default, below.  skopeo, oras
+and zot read it as it is.
 
-Writing, for whoever publishes:  blobs -> manifest blob -> index.json with the tag        <- THE COMMIT POINT is the index
+Writing, for whoever publishes:  1 blobs -> 2 manifest blob -> 3 index.json with the tag        <- THE COMMIT POINT is the index
 
-Killed before the index is replaced, blobs lie there that no manifest of the index names: garbage, harmless.  index.json is replaced
-whole, under a lock, so readers see the tags before or after, never between.
+Killed after   what is left                                             who mends it
+  1, 2         blobs that no manifest of the index names, or a hidden   nobody needs to: they are found again when the same is pushed
+               `.….tmp` beside them                                     again; the collection (registry_gc.py) removes them after a day
+  3            nothing
+
+index.json is replaced whole, under `.lock`, so readers see the tags before or after, never between, and two who write lose nothing.
+Whoever writes holds `.sweep.lock` shared and a collection holds it alone: a blob is either found and made young again, or swept and
+missed, and a manifest with a blob missing is refused.
 """
 
 import fcntl
 import hashlib
 import json
-import re
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from streamlearn.contract import durable
-from streamlearn.contract.errors import ConfigError, Conflict, Corrupt, NotFound
+from streamlearn.contract.errors import Conflict, Corrupt, NotFound
+from streamlearn.contract.oci import (
+    CHUNK_BYTES,
+    DIGEST,
+    EMPTY,
+    INDEX,
+    MANIFEST,
+    Descriptor,
+    canonical,
+    check_tag,
+    copy_hashed,
+    describe,
+    digest_of,
+    known_tags,
+    parts,
+    referring,
+    sizes,
+)
+from streamlearn.contract.oci_index import REF_NAME, SUBJECT, Index, Row
 
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-INDEX = "application/vnd.oci.image.index.v1+json"
-EMPTY = "application/vnd.oci.empty.v1+json"
-REF_NAME = "org.opencontainers.image.ref.name"
-TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")  # distribution-spec
+__all__ = ["ANY", "EMPTY", "MANIFEST", "Descriptor", "OciLayout", "Registry", "canonical", "digest_of", "sizes"]
+
 ANY = "*"  # for `expect`: wherever the tag points now
 
 
-@dataclass(frozen=True)
-class Descriptor:
-    """A pointer to content, with its digest and size."""
-
-    media_type: str
-    digest: str  # sha256:<hex>
-    size: int
-    artifact_type: str = ""
-    annotations: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        plain: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
-        if self.artifact_type:
-            plain["artifactType"] = self.artifact_type
-        if self.annotations:
-            plain["annotations"] = dict(self.annotations)
-        return plain
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Descriptor":
-        return cls(raw["mediaType"], raw["digest"], raw["size"], raw.get("artifactType", ""), raw.get("annotations", {}))
-
-
 class Registry(Protocol):
+    """One repository.  Every call may raise Retryable where it lies behind a network."""
+
     def put_blob(self, data: bytes, media_type: str) -> Descriptor:
         """Store content under its digest.  Storing it again is harmless."""
+
+    def put_file(self, path: Path, media_type: str) -> Descriptor:
+        """As put_blob, streamed: memory does not grow with the file."""
+
+    def has_blob(self, digest: str) -> bool: ...
 
     def read_blob(self, digest: str) -> bytes:
         """Verified content.  Raises NotFound, Corrupt."""
@@ -63,39 +68,53 @@ class Registry(Protocol):
     def copy_blob(self, digest: str, path: Path) -> None:
         """Verified content, streamed to a file."""
 
-    def put_manifest(self, manifest: Mapping[str, Any], *, tag: str = "", expect: str = ANY) -> Descriptor:
-        """Store a manifest whose blobs are all there, and move `tag` to it in the same step (an untagged one is still listed)."""
+    def check_blob(self, digest: str) -> int:
+        """Read it all, streamed, and say its size.  Raises NotFound, Corrupt."""
+
+    def put_manifest(self, manifest: Mapping[str, Any] | bytes, *, tag: str = "", expect: str = ANY) -> Descriptor:
+        """Store a manifest whose blobs are all there, and move `tag` to it in the same step.
+
+        Bytes are stored as they are, so a copy keeps its digest.  One with a `subject` is found by `referrers`.
+        """
 
     def tag(self, digest: str, tag: str, *, expect: str = ANY) -> None:
         """Move a tag.  `expect`: the digest it must point to now, '' for none; raises Conflict naming the holder."""
 
-    def tags(self) -> dict[str, Descriptor]: ...
+    def untag(self, tag: str, *, expect: str = ANY) -> None:
+        """Take a tag away, and nothing else.  Taking it away twice is harmless."""
+
+    def names(self) -> list[str]:
+        """All tags, sorted."""
+
+    def find(self, tag: str) -> Descriptor | None:
+        """Where a tag points now."""
+
+    def tags(self) -> dict[str, Descriptor]:
+        """All of `names` with `find` of each: behind a network a request a tag, so not for loops."""
+
+    def read_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        """Of a tag or a digest, byte for byte.  Raises NotFound, Corrupt."""
 
     def manifest(self, reference: str) -> tuple[Descriptor, dict[str, Any]]:
-        """Of a tag or a digest.  Raises NotFound, Corrupt."""
+        """The same, parsed."""
 
     def referrers(self, digest: str, artifact_type: str = "") -> list[Descriptor]:
-        """Manifests whose subject it is."""
+        """Manifests whose subject it is, with their annotations."""
 
-
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """The one JSON of a value: the same content has the same digest everywhere."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def digest_of(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    def attach(self, subject: Descriptor, artifact_type: str, payload: bytes, annotations: Mapping[str, str]) -> Descriptor:
+        """A manifest with one layer that refers to `subject`; the same payload again is the same manifest."""
 
 
 class OciLayout:
     """The embedded registry: one repository in one folder."""
 
     def __init__(self, root: Path):
-        self.root = root
-        self._parsed: tuple[tuple[int, int], dict[str, Any]] | None = None  # (mtime, size) -> index
+        self.root, self._blobs = root, root / "blobs" / "sha256"
+        self._parsed: tuple[tuple[int, int, int], Index] | None = None  # (inode, mtime, size) -> index
+        self._subjects: dict[str, str] = {}  # of manifests whose entry does not say, by digest
         layout = root / "oci-layout"
         if not layout.exists():
-            (root / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+            self._blobs.mkdir(parents=True, exist_ok=True)
             durable.create(root / "index.json", canonical({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}))
             durable.create(layout, canonical({"imageLayoutVersion": "1.0.0"}))
         try:
@@ -107,15 +126,34 @@ class OciLayout:
 
     def put_blob(self, data: bytes, media_type: str) -> Descriptor:
         digest = digest_of(data)
-        path = self._blob(digest)
-        if not path.exists() or path.stat().st_size != len(data):
-            durable.write(path, data)
-            path.chmod(0o644)  # other users pull too
+        path = self.path(digest)
+        with self.locked(".sweep.lock", fcntl.LOCK_SH):
+            if not self._renewed(path, len(data)):
+                durable.write(path, data)
+                path.chmod(0o644)  # other users pull too
         return Descriptor(media_type, digest, len(data))
+
+    def put_file(self, path: Path, media_type: str) -> Descriptor:
+        staged = self._blobs / f".{os.urandom(8).hex()}.tmp"
+        try:
+            with path.open("rb") as source, staged.open("wb") as target:
+                digest, size = copy_hashed(source, target)
+            staged.chmod(0o644)
+            with self.locked(".sweep.lock", fcntl.LOCK_SH):
+                if not self._renewed(self.path(digest), size):
+                    durable.publish(staged, self.path(digest))
+        except OSError as e:
+            raise durable.translate(e, staged) from e
+        finally:
+            staged.unlink(missing_ok=True)
+        return Descriptor(media_type, digest, size)
+
+    def has_blob(self, digest: str) -> bool:
+        return self.path(digest).exists()
 
     def read_blob(self, digest: str) -> bytes:
         try:
-            data = self._blob(digest).read_bytes()
+            data = self.path(digest).read_bytes()
         except FileNotFoundError:
             raise NotFound(f"{self.root}: no blob {digest}") from None
         self._verify(digest, digest_of(data), len(data))
@@ -123,134 +161,189 @@ class OciLayout:
 
     def copy_blob(self, digest: str, path: Path) -> None:
         try:
-            with self._blob(digest).open("rb") as source:
-                found = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
-                self._verify(digest, found, source.tell())
-                source.seek(0)
-                with path.open("wb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
-        except FileNotFoundError:
-            raise NotFound(f"{self.root}: no blob {digest}") from None
+            self.check_blob(digest)
+            with self.path(digest).open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
         except OSError as e:
             raise durable.translate(e, path) from e
 
-    def put_manifest(self, manifest: Mapping[str, Any], *, tag: str = "", expect: str = ANY) -> Descriptor:
-        for part in [manifest["config"], *manifest["layers"]]:
-            if not self._blob(part["digest"]).exists():
-                raise NotFound(f"{self.root}: the manifest names blob {part['digest']}, which is not there; push it first")
-        blob = self.put_blob(canonical(manifest), MANIFEST)
-        known = Descriptor(MANIFEST, blob.digest, blob.size, manifest.get("artifactType", ""))
-        with self._changing() as entries:
-            if tag:
-                self._move(entries, known, tag, expect)
-            elif not any(e["digest"] == known.digest for e in entries):
-                entries.append(known.to_json())
+    def check_blob(self, digest: str) -> int:
+        try:
+            with self.path(digest).open("rb") as source:
+                found = "sha256:" + hashlib.file_digest(source, "sha256").hexdigest()
+                self._verify(digest, found, source.tell())
+                return source.tell()
+        except FileNotFoundError:
+            raise NotFound(f"{self.root}: no blob {digest}") from None
+
+    def put_manifest(self, manifest: Mapping[str, Any] | bytes, *, tag: str = "", expect: str = ANY) -> Descriptor:
+        data = manifest if isinstance(manifest, bytes) else canonical(manifest)
+        known, parsed = describe(data, f"{self.root}: the manifest to put")
+        self._complete(parsed)
+        self.put_blob(data, known.media_type)
+        self._list(known, parsed, tag, expect)
         return known
 
     def tag(self, digest: str, tag: str, *, expect: str = ANY) -> None:
-        known, manifest = self.manifest(digest)
-        known = Descriptor(MANIFEST, known.digest, known.size, manifest.get("artifactType", ""))
-        with self._changing() as entries:
-            self._move(entries, known, tag, expect)
+        check_tag(tag)
+        known, manifest = describe(self.read_manifest(digest)[1], str(self.path(digest)))
+        self._list(known, manifest, tag, expect)
+
+    def untag(self, tag: str, *, expect: str = ANY) -> None:
+        with self._changing() as index:
+            held = self._expected(index, tag, expect)
+            if held is not None:
+                self.replace_index(self._leaving(index.without([(tag, "")]), held))
+
+    def names(self) -> list[str]:
+        return self.index().names()
+
+    def find(self, tag: str) -> Descriptor | None:
+        row = self.index().tagged(tag)
+        return None if row is None else _described(row)
 
     def tags(self) -> dict[str, Descriptor]:
-        named = ((e.get("annotations", {}).get(REF_NAME), e) for e in self._index()["manifests"])
-        return {name: Descriptor.from_json(e) for name, e in named if name}
+        rows = self.index().rows
+        return {name: _described(row) for (name, _), row in rows.items() if name}
+
+    def read_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        digest = self._resolved(reference)
+        data = self.read_blob(digest)
+        return describe(data, str(self.path(digest)))[0], data
 
     def manifest(self, reference: str) -> tuple[Descriptor, dict[str, Any]]:
-        digest = reference
-        if not reference.startswith("sha256:"):
-            tags = self.tags()
-            if reference not in tags:
-                known = ", ".join(sorted(tags)[-5:]) or "none"
-                raise NotFound(f"{self.root}: no tag {reference!r}; tags here: {known}{' …' if len(tags) > 5 else ''}")
-            digest = tags[reference].digest
-        data = self.read_blob(digest)
-        try:
-            manifest: dict[str, Any] = json.loads(data)
-        except ValueError as e:
-            raise Corrupt(f"{self._blob(digest)}: not a manifest: {e}") from e
-        return Descriptor(MANIFEST, digest, len(data), manifest.get("artifactType", "")), manifest
+        digest = self._resolved(reference)
+        return describe(self.read_blob(digest), str(self.path(digest)))
 
     def referrers(self, digest: str, artifact_type: str = "") -> list[Descriptor]:
-        found = []
-        for entry in self._index()["manifests"]:
-            subject = entry.get("annotations", {}).get("org.streamlearn.subject")  # kept in the index, so a listing reads one file
-            if subject == digest and artifact_type in ("", entry.get("artifactType")):
-                found.append(Descriptor.from_json(entry))
-        return found
+        index = self.index()
+        rows = [index.rows[key] for key in index.referring(self.subject_of).get(digest, ())]
+        found = {row.digest: row for row in rows if artifact_type in ("", row.entry.get("artifactType"))}
+        return [self._referrer(row) for row in found.values()]
 
     def attach(self, subject: Descriptor, artifact_type: str, payload: bytes, annotations: Mapping[str, str]) -> Descriptor:
-        """A manifest with one layer that refers to `subject`; the same payload again is the same manifest."""
-        empty = self.put_blob(b"{}", EMPTY)
-        layer = self.put_blob(payload, "application/json")
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "artifactType": artifact_type,
-            "config": empty.to_json(),
-            "layers": [layer.to_json()],
-            "subject": Descriptor(MANIFEST, subject.digest, subject.size).to_json(),
-            "annotations": dict(annotations),
-        }
-        blob = self.put_blob(canonical(manifest), MANIFEST)
-        marks = dict(annotations) | {"org.streamlearn.subject": subject.digest}
-        known = Descriptor(MANIFEST, blob.digest, blob.size, artifact_type, marks)
-        with self._changing() as entries:
-            if not any(e["digest"] == known.digest for e in entries):
-                entries.append(known.to_json())
-        return known
+        config, layer = self.put_blob(b"{}", EMPTY), self.put_blob(payload, "application/json")
+        return self.put_manifest(referring(subject, artifact_type, config, layer, annotations))
 
-    def _move(self, entries: list[dict[str, Any]], known: Descriptor, tag: str, expect: str) -> None:
-        if not TAG.match(tag):
-            raise ConfigError(f"tag {tag!r}: letters, digits, '.', '_' and '-' only, at most 128, not beginning with '.' or '-'")
-        held = next((e["digest"] for e in entries if e.get("annotations", {}).get(REF_NAME) == tag), "")
-        if expect not in (ANY, held):
-            raise Conflict(f"{self.root}: tag {tag} points to {held or 'nothing'}, not {expect or 'nothing'}: someone else moved it")
-        entries[:] = [e for e in entries if e.get("annotations", {}).get(REF_NAME) != tag]
-        entries.append(Descriptor(known.media_type, known.digest, known.size, known.artifact_type, {REF_NAME: tag}).to_json())
+    # --- what the collection (registry_gc.py) uses too ---
 
-    @contextmanager
-    def _changing(self) -> Iterator[list[dict[str, Any]]]:
-        """The index's entries, to be changed in place; replaced whole on leaving, under the lock."""
-        with (self.root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            index = json.loads(json.dumps(self._index()))
-            before = canonical(index)
-            yield index["manifests"]
-            if canonical(index) != before:
-                durable.write(self.root / "index.json", canonical(index))
+    def path(self, digest: str) -> Path:
+        """Of a blob's file.  Raises NotFound where it is no digest."""
+        if not DIGEST.fullmatch(digest):
+            raise NotFound(f"{digest!r}: not a sha256 digest")
+        return self._blobs / digest[7:]
 
-    def _index(self) -> dict[str, Any]:
+    def index(self) -> Index:
+        """index.json as it is now.  Raises Corrupt."""
         path = self.root / "index.json"
         try:
             stat = path.stat()
-            mark = (stat.st_mtime_ns, stat.st_size)
-            if self._parsed is None or self._parsed[0] != mark:
-                index = json.loads(path.read_bytes())
-                if not isinstance(index["manifests"], list):
-                    raise TypeError("manifests is not a list")
-                self._parsed = (mark, index)
+            mark = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            parsed = self._parsed
+            if parsed is None or parsed[0] != mark:
+                self._parsed = parsed = (mark, Index.parse(path.read_bytes()))
         except FileNotFoundError:
             raise Corrupt(f"{path}: missing; restore it from a backup (the blobs are still there)") from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Corrupt(f"{path}: not an OCI index: {e}; restore it from a backup (the blobs are still there)") from e
-        return self._parsed[1]
+        return parsed[1]
 
-    def _blob(self, digest: str) -> Path:
-        algorithm, _, encoded = digest.partition(":")
-        if algorithm != "sha256" or not re.fullmatch(r"[0-9a-f]{64}", encoded):
-            raise NotFound(f"{digest!r}: not a sha256 digest")
-        return self.root / "blobs" / algorithm / encoded
+    def replace_index(self, index: Index) -> None:
+        """Whole, by who holds the lock."""
+        path = self.root / "index.json"
+        self._parsed = None
+        durable.write(path, index.encoded())
+        stat = path.stat()
+        self._parsed = ((stat.st_ino, stat.st_mtime_ns, stat.st_size), index)
+
+    def subject_of(self, row: Row) -> str:
+        """What a manifest refers to, where its entry does not say; '' for nothing.  Raises Corrupt."""
+        if row.digest not in self._subjects:
+            subject = ""
+            if row.entry.get("mediaType") in (MANIFEST, INDEX) and self.has_blob(row.digest):
+                subject = (self.manifest(row.digest)[1].get("subject") or {}).get("digest", "")
+            self._subjects[row.digest] = subject
+        return self._subjects[row.digest]
+
+    @contextmanager
+    def locked(self, name: str, how: int) -> Iterator[None]:
+        with (self.root / name).open("a") as lock:
+            fcntl.flock(lock, how)
+            yield
+
+    # --- its own ---
+
+    @contextmanager
+    def _changing(self) -> Iterator[Index]:
+        with self.locked(".sweep.lock", fcntl.LOCK_SH), self.locked(".lock", fcntl.LOCK_EX):
+            yield self.index()
+
+    def _list(self, known: Descriptor, manifest: Mapping[str, Any], tag: str, expect: str) -> None:
+        subject = (manifest.get("subject") or {}).get("digest", "")
+        marks = dict(known.annotations) | {SUBJECT: subject} | ({REF_NAME: tag} if tag else {})
+        entry = Descriptor(known.media_type, known.digest, known.size, known.artifact_type, marks).to_json()
+        with self._changing() as index:
+            self._complete(manifest)
+            held = self._expected(index, tag, expect) if tag else None
+            if not self.has_blob(known.digest):
+                raise NotFound(f"{self.root}: no blob {known.digest}")
+            if (held is not None and held.entry == entry) or (not tag and index.lists(known.digest)):
+                return
+            index = index.put(entry)
+            self.replace_index(index if held is None else self._leaving(index, held))
+
+    def _resolved(self, reference: str) -> str:
+        if reference.startswith("sha256:"):
+            return reference
+        row = self.index().tagged(reference)
+        if row is None:
+            raise NotFound(f"{self.root}: no tag {reference!r}; {known_tags(self.names())}")
+        return row.digest
+
+    def _expected(self, index: Index, tag: str, expect: str) -> Row | None:
+        check_tag(tag)
+        row = index.tagged(tag)
+        held = row.digest if row else ""
+        if expect not in (ANY, held):
+            raise Conflict(f"{self.root}: tag {tag} points to {held or 'nothing'}, not {expect or 'nothing'}: someone else moved it")
+        return row
+
+    def _leaving(self, index: Index, held: Row) -> Index:
+        """What loses its last tag stays listed and is young again: who is pulling it has the collection's grace."""
+        if index.lists(held.digest):
+            return index
+        if self.has_blob(held.digest):
+            os.utime(self.path(held.digest))
+        marks = {k: v for k, v in held.annotations.items() if k != REF_NAME}
+        return index.put({**held.entry, "annotations": marks})
+
+    def _complete(self, manifest: Mapping[str, Any]) -> None:
+        for digest in parts(manifest):
+            if not self.has_blob(digest):
+                raise NotFound(f"{self.root}: the manifest names blob {digest}, which is not there; push it first")
+
+    def _renewed(self, path: Path, size: int) -> bool:
+        """It is there already, and from now on young."""
+        try:
+            if path.stat().st_size != size:
+                return False
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _referrer(self, row: Row) -> Descriptor:
+        if SUBJECT not in row.annotations:
+            return self.read_manifest(row.digest)[0]
+        return _described(row)
 
     def _verify(self, digest: str, found: str, size: int) -> None:
         if found != digest:
             raise Corrupt(
-                f"{self._blob(digest)}: {size} bytes with digest {found[:19]}…: damaged; delete the file and publish or pull again"
+                f"{self.path(digest)}: {size} bytes with digest {found[:19]}…: damaged; delete the file and publish or pull again"
             )
 
 
-def sizes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of a manifest's layers."""
-    layers: Sequence[Mapping[str, Any]] = manifest["layers"]
-    return sum(int(layer["size"]) for layer in layers)
+def _described(row: Row) -> Descriptor:
+    marks = {k: v for k, v in row.annotations.items() if k not in (SUBJECT, REF_NAME)}
+    return Descriptor.from_json({**row.entry, "annotations": marks})

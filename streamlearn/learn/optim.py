@@ -33,7 +33,7 @@ class LARS(torch.optim.Optimizer):
         assert closure is None, "LARS takes no closure"
         for group in self.param_groups:
             for params in runs([p for p in group["params"] if p.grad is not None]):
-                grads = [p.grad for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
                 if group["adapt"]:
                     _adapt_(params, grads, group)
                 elif group["weight_decay"]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import ConfigError, StoreFull
-from streamlearn.contract.export import Export
+from streamlearn.contract.errors import ConfigError, Retryable
+from streamlearn.contract.export import Export, WarmStart
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat, now
@@ -28,6 +28,7 @@ from streamlearn.learn.ema import calibrated
 from streamlearn.learn.losses import effective_rank
 from streamlearn.learn.state import TrainState, fresh_state
 from streamlearn.learn.trainer import Batch, Step, train
+from streamlearn.learn.warm import told, warm_start
 
 RECORD_EVERY = 10  # steps between lines of history
 RANK_EVERY = 50  # steps between looks at the effective rank
@@ -40,15 +41,18 @@ class Stream(Protocol):
     """What the learner asks of the stream besides batches."""
 
     def batches(self) -> Iterator["Timed | None"]:
-        """Batches in their order; None whenever there is nothing to learn yet."""
+        """Batches in their order; None whenever there is nothing to learn yet, or the store has to be waited for."""
 
     def sample(self, state: dict[str, Any], count: int) -> list[str]:
         """References of images learnt so far: a pure function of `state`."""
 
     def eval_images(self, refs: list[str], size: int) -> Tensor:
-        """(N,3,size,size) normalised, centre-cropped; N can be less than len(refs) where images have vanished."""
+        """(N,3,size,size) normalised, centre-cropped; N can be less than len(refs) where images have vanished.  Raises Retryable."""
 
     def counters(self) -> dict[str, int]: ...
+    def waiting(self) -> dict[str, Any]:
+        """For the heartbeat: `waiting`, what for, in words, empty if for nothing; `waiting_s` and more."""
+
     def close(self) -> None: ...
 
 
@@ -72,12 +76,13 @@ def run_train(
     *,
     stop: threading.Event,
     gallery: Path | None = None,
+    warm: Callable[[], WarmStart] | None = None,
 ) -> TrainState:
-    """Learn until `stop` or `train.max_steps`; the state it ended with."""
+    """Learn until `stop` or `train.max_steps`; the state it ended with.  `warm` is asked only where there is no checkpoint."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
-    state = resume(config, checkpoints, heartbeat)
+    state = resume(config, checkpoints, heartbeat, warm)
     stream = open_stream(state.stream or None)
     recorder = Recorder(config, state, metrics, heartbeat, stream)
     learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery)
@@ -88,12 +93,16 @@ def run_train(
     return state
 
 
-def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat) -> TrainState:
-    """The newest sound checkpoint, or step 0."""
+def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm: Callable[[], WarmStart] | None = None) -> TrainState:
+    """The newest sound checkpoint, or step 0: at random, or as `warm` says."""
     state = fresh_state(config)
     saved = checkpoints.load()
     if saved is None:
         logger.info("starting at step 0")
+        if warm is not None:
+            taken = warm_start(state, config, warm())
+            logger.info("warm start: %s", taken)
+            heartbeat.history(event="warm_start", step=0, **taken)
         return state
     try:
         state.load_state_dict(saved)
@@ -147,7 +156,7 @@ class Learner:
             if self.stop.is_set() or (limit and self.state.step >= limit):
                 return
             if batch is None:
-                self.recorder.beat(self.state, "waiting")
+                self.recorder.waits(self.state)
                 continue
             self.recorder.waited(batch.wait_s)
             yield batch
@@ -164,10 +173,12 @@ class Learner:
             self.snapshot()
 
     def snapshot(self) -> None:
-        """Publish the averaged, calibrated weights of this very step; wait out a full store."""
+        """Publish the averaged, calibrated weights of this very step; wait out a full store, or a registry that cannot be reached."""
         refs = self.stream.sample(self.state.stream, self.config.train.bn_images)
         size = self.config.stream.crops[0].size
-        images = self.stream.eval_images(refs, size)
+        images = self.calibration(refs, size)
+        if images is None:
+            return
         if len(images) < 2:
             logger.error("no snapshot of step %d: %d images to calibrate BatchNorm on", self.state.step, len(images))
             return
@@ -179,13 +190,23 @@ class Learner:
             try:
                 tag, digest = self.publish(export)
                 break
-            except StoreFull as e:
+            except Retryable as e:
                 logger.error("snapshot of step %d waits: %s", self.state.step, e)
                 if self.stop.wait(e.after_s) or time.monotonic() - began > FULL_LIMIT_S:
                     raise
         self.recorder.published(self.state, tag, digest)
         if self.gallery is not None:
             self.show_prototypes(trunk, images, refs)
+
+    def calibration(self, refs: list[str], size: int) -> Tensor | None:
+        """The images; None where the learner is told to stop before it has them: the next start publishes."""
+        while True:
+            try:
+                return self.stream.eval_images(refs, size)
+            except Retryable:
+                self.recorder.waits(self.state)
+                if self.stop.wait(1.0):  # the stream itself goes on trying, in its own time
+                    return None
 
     def export(self, weights: dict[str, Tensor], size: int) -> Export:
         state, config = self.state, self.config
@@ -215,6 +236,9 @@ class Learner:
             generation="",
             config=config.model_dump(mode="json"),
             config_digest=config.digest,
+            license=config.train.license,
+            source=config.train.source,
+            notes={"init": told(state.origin)} if state.origin else {},
         )
 
     @torch.no_grad()
@@ -244,7 +268,8 @@ class Recorder:
         self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
         self.losses: list[float] = []
         self.rank = math.nan
-        self.corrupt = self.failures = 0  # told to the metrics so far
+        self.failures = 0  # told to the metrics so far
+        self.told: dict[str, int] = {}  # likewise, of the stream's counters
         self.committed = -1  # step of the newest checkpoint
 
     def waited(self, seconds: float) -> None:
@@ -290,14 +315,37 @@ class Recorder:
         rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
         norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
         self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
-        counters = self.stream.counters()
-        self.metrics.corrupt.inc(counters.get("corrupt", 0) - self.corrupt)
-        self.corrupt = counters.get("corrupt", 0)
-        self.metrics.unseen.set(counters.get("expired_unseen", 0))
+        counters = self._stream()
         spent = time.monotonic() - self.began
         self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))
         self.heart.beat(wait_share=round(self.wait_s / max(spent, 1e-9), 3), stream=counters, **rounded)
         self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), state.images
+
+    def _stream(self) -> dict[str, int]:
+        """The stream's counters, told to the metrics."""
+        m, counters = self.metrics, self.stream.counters()
+        for name, counter in (
+            ("corrupt", m.corrupt),
+            ("downloads", m.downloads),
+            ("download_bytes", m.download_bytes),
+            ("failures", m.stream_failures),
+            ("cache_hits", m.cache_hits),
+            ("cache_evictions", m.cache_evictions),
+        ):
+            counter.inc(counters.get(name, 0) - self.told.get(name, 0))
+        for name, gauge in (
+            ("expired_unseen", m.unseen),
+            ("batches_ahead", m.batches_ahead),
+            ("shards_ahead", m.shards_ahead),
+            ("cache_bytes", m.cache_bytes),
+        ):
+            gauge.set(counters.get(name, 0))
+        self.told = counters
+        return counters
+
+    def waits(self, state: TrainState) -> None:
+        """There is no batch, for want of images, or of a store."""
+        self.beat(state, "waiting", stream=self._stream())
 
     def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
         self.metrics.heartbeat.set_to_current_time()
@@ -313,6 +361,8 @@ class Recorder:
             "cursor": state.stream.get("cursor", {}),
             "round": state.stream.get("round", 0),
         }
+        known |= self.stream.waiting()
+        self.metrics.waiting.set(known["waiting_s"])
         if math.isfinite(self.rank):
             known["effective_rank"] = round(self.rank, 2)
         self.heart.beat(force=force, **known, **more)

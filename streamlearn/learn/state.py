@@ -31,6 +31,8 @@ class TrainState:
     bad_in_a_row: int = 0
     stream: dict[str, Any] = field(default_factory=dict)  # where the stream stands, after the last batch taken
 
+    origin: dict[str, Any] = field(default_factory=dict)  # what it began as (learn/warm.py); empty: random weights
+
     COUNTERS: ClassVar = ("step", "images", "fresh", "bad_steps", "bad_in_a_row", "stream")
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
         }
-        return parts | {name: getattr(self, name) for name in self.COUNTERS}
+        return parts | {"origin": self.origin} | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -49,6 +51,7 @@ class TrainState:
         self.objective.load_state_dict(saved["objective"])
         load_optimizer(self.optimizer, saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
+        self.origin = saved.get("origin", {})  # checkpoints of version 0.1 have none
         for name in self.COUNTERS:
             setattr(self, name, saved[name])
 

@@ -1,185 +1,257 @@
 """The role `evaluate`: measures every new snapshot on every bank, and records the result beside it.
 
-  1. list     snapshots without a result for (bank, protocol)
-  2. read     model.safetensors and config.json of one, verified
-  3. measure
-  4. attach   the result to the snapshot, as an OCI referrer            <- THE COMMIT POINT
-  5. tell     history, metrics
+  1. list     snapshots without a result for (bank, protocol), the oldest first
+  2. claim    (snapshot, bank, protocol), among the evaluators of this home
+  3. read     model.safetensors and config.json of one, verified
+  4. measure  features come from the cache, or go there
+  5. attach   the result to the snapshot, as an OCI referrer            <- THE COMMIT POINT
+  6. tell     history, metrics, continual.json
 
-Killed before 4: measured again.  Killed between 4 and 5: recorded, but missing in the history; the report reads the registry too.  The
-protocol and the bank's digest are in the result's annotations, so a measurement is never recorded twice.
+Killed after   what is left                                 who mends it
+  2            nothing: the kernel ends the claim
+  4            features in the cache, perhaps a torn file   measured again, from the cache; a torn file is none (feature_cache.py)
+  5            a result that history and continual.json     the next start writes continual.json from the registry; the report reads
+               lack                                         the registry too
+  6            nothing
+
+The protocol and the bank's digest are in the result's annotations, so a measurement is never recorded twice, and the claim keeps it
+from being made twice (claims.py).  When the machine is the learner's: turns.py.  Drift of the sources: drift_watch.py.
 """
 
-import json
 import logging
 import os
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from streamlearn.contract.config import BankConfig, Config
-from streamlearn.contract.errors import ConfigError, Corrupt, NotFound
+from streamlearn.contract.catalog import Catalog
+from streamlearn.contract.config import Config
+from streamlearn.contract.config_probe import BankConfig
+from streamlearn.contract.errors import ConfigError, Corrupt, NotFound, Retryable
 from streamlearn.contract.metrics import EvaluatorMetrics
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.registry import Registry
 from streamlearn.contract.status import Heartbeat
-from streamlearn.learn.backbones import build
+from streamlearn.probes.bank_book import BankBook
 from streamlearn.probes.banks import Bank, load_bank
-from streamlearn.probes.features import RAW_SIDES, features, raw_pixels, untrained
-from streamlearn.probes.knn import accuracy, knn
-from streamlearn.probes.label_free import effective_rank, participation_ratio, rankme
-from streamlearn.probes.linear import ridge
+from streamlearn.probes.claims import claim
+from streamlearn.probes.drift_watch import DriftWatch
+from streamlearn.probes.measure import EACH, THOROUGH, Measurer, Snapshot, open_snapshot
+from streamlearn.probes.overview import Overview
+from streamlearn.probes.turns import Stopped, turns_of
 from streamlearn.snapshots.package import version
-from streamlearn.snapshots.publish import has_result, record_result, results, versions
-from streamlearn.snapshots.pull import read_file
-from streamlearn.stream.views import normalised
+from streamlearn.snapshots.publish import has_result, record_result, steps
 
-SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
+QUIET = ("bank_digest", "protocol", "right")  # of a result, not for the history
 logger = logging.getLogger(__name__)
 
 
-def run_evaluate(config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
-    """Follow the registry until `stop`."""
+def run_evaluate(
+    config: Config,
+    registry: Registry,
+    metrics: EvaluatorMetrics,
+    heartbeat: Heartbeat,
+    stop: threading.Event,
+    *,
+    home: Path,
+    intake: tuple[Catalog, ObjectStore] | None = None,
+) -> None:
+    """Follow the registry until `stop`; and the catalog, for drift, where `intake` is given."""
     os.nice(5)  # learning comes first
     if config.probe.threads:
         torch.set_num_threads(config.probe.threads)
-    if not config.probe.banks:
-        logger.warning("no [[probe.banks]] in the configuration: snapshots are published but not measured")
-    evaluator = Evaluator(config, registry, metrics, heartbeat)
+    evaluator: Evaluator | None = None
+    watch: DriftWatch | None = None
     while not stop.is_set():
         metrics.heartbeat.set_to_current_time()
-        if not evaluator.measure_next():
+        try:
+            if evaluator is None:  # here, because it reads the whole registry, which may be out of reach
+                evaluator = Evaluator(config, registry, metrics, heartbeat, home=home, stop=stop)
+                watch = DriftWatch(config, registry, *intake, home=home, metrics=metrics, turns=evaluator.turns) if intake else None
+            busy = evaluator.measure_next() or (watch is not None and watch.look())
+        except Stopped:
+            return
+        except Retryable as e:  # a registry, store or disk that may come back
+            logger.warning("waiting: %s", e)
+            heartbeat.beat(state="waiting", waiting=str(e), force=True)
+            stop.wait(e.after_s)
+            continue
+        if not busy:
             stop.wait(config.probe.poll_s)
 
 
-class Evaluator:
-    def __init__(self, config: Config, registry: OciLayout, metrics: EvaluatorMetrics, heartbeat: Heartbeat):
-        self.config, self.registry, self.metrics, self.heart = config, registry, metrics, heartbeat
-        self.banks: dict[str, Bank] = {}
-        self.baselines: dict[tuple[str, str, str], dict[str, float]] = {}
-        self.failed: dict[str, str] = {}  # digest -> why it cannot be measured
-        self.done = sum(len(results(registry, d.digest)) for d in versions(registry).values())
+@dataclass(frozen=True)
+class Job:
+    kind: str  # of protocol
+    step: int
+    digest: str
+    bank: BankConfig
 
-    @property
-    def protocol(self) -> str:
-        probe = self.config.probe
-        return f"knn-k{probe.k}-t{probe.temperature:g}+ridge/1"
+
+class Banks:
+    """Those of the configuration and those registered; each loaded once, a bad one refused with its reason."""
+
+    def __init__(self, config: Config, home: Path):
+        self.configured, self.book = config.probe.banks, BankBook(home)
+        self.loaded: dict[tuple[str, int], Bank] = {}
+        self.refused: dict[str, str] = {}
+
+    def configs(self) -> list[BankConfig]:
+        names = {bank.name for bank in self.configured}
+        found = [*self.configured, *(r.bank for r in self.book.all() if r.bank.name not in names)]
+        return [bank for bank in found if bank.name not in self.refused]
+
+    def get(self, config: BankConfig, size: int) -> Bank | None:
+        """None, and never asked for again, if it cannot be used."""
+        key = (config.name, size)
+        if key not in self.loaded:
+            try:
+                self.loaded[key] = load_bank(config, size)
+            except ConfigError as e:
+                self.refused[config.name] = str(e)
+                logger.error("%s", e)
+                return None
+        return self.loaded[key]
+
+
+class Evaluator:
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        metrics: EvaluatorMetrics,
+        heartbeat: Heartbeat,
+        *,
+        home: Path,
+        stop: threading.Event | None = None,
+    ):
+        self.config, self.registry, self.metrics, self.heart, self.home = config, registry, metrics, heartbeat, home
+        self.banks = Banks(config, home)
+        self.failed: dict[str, str] = {}  # digest -> why it cannot be measured
+        probe = config.probe
+        self.turns = turns_of(home, probe.device, config.train.device, probe.device_share, stop or threading.Event())
+        self.measurer = Measurer(probe, home, self.turns, lambda what: heartbeat.beat(state=f"measuring {what}", force=True))
+        self.known: dict[int, str] = {}  # step -> digest: a version never moves, and to ask for each is a request over the network
+        self.overview = Overview(config, registry, home, metrics)
+        self.settled: set[tuple[str, str, str]] = set()  # (kind, snapshot, bank's name): recorded
+        self.told: dict[str, float] = {}  # counters, as far as the metrics know them
+        if not self.banks.configs():
+            logger.warning("no [[probe.banks]] in the configuration, none registered: snapshots are published but not measured")
+        self.overview.write(self.banks.configs())
 
     def measure_next(self) -> bool:
         """Measure the oldest snapshot that lacks a result; False when there is none."""
-        pending = [
-            (step, d.digest) for step, d in versions(self.registry).items() if d.digest not in self.failed and self._lacking(d.digest)
-        ]
-        self.metrics.pending.set(len(pending))
+        jobs = self.jobs()
+        pending = len({job.digest for job in jobs})
+        self.metrics.pending.set(pending)
         self.heart.beat(
-            state="measuring" if pending else "watching", pending=len(pending), evaluated=self.done, failed=self.failed, banks=self._names()
+            state="measuring" if pending else "watching",
+            pending=pending,
+            evaluated=self.overview.count,
+            failed=self.failed,
+            refused_banks=self.banks.refused,
+            banks=[bank.name for bank in self.banks.configs()],
         )
-        if not pending:
+        self.metrics.refused_banks.set(len(self.banks.refused))
+        if not jobs:
             return False
-        step, digest = pending[0]
+        first = jobs[0]
+        together = [job for job in jobs if (job.digest, job.kind) == (first.digest, first.kind)]
         try:
-            self._measure(step, digest)
-        except (Corrupt, NotFound, ValueError, KeyError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and "state_dict" not in str(e):
-                raise
-            self.failed[digest] = f"step {step}: {e}"
+            snapshot = self._open(first)
+            return max([self._measure(snapshot, job) for job in together])
+        except (Corrupt, NotFound) as e:
+            self.failed[first.digest] = f"step {first.step}: {e}"
             self.metrics.failed.inc()
-            logger.error("snapshot %s of step %d cannot be measured: %s", digest[:19], step, e)
+            logger.error("snapshot %s of step %d cannot be measured: %s", first.digest[:19], first.step, e)
         return True
 
-    def _names(self) -> list[str]:
-        return [bank.name for bank in self.config.probe.banks]
+    def _open(self, job: Job) -> Snapshot:
+        """Raises Corrupt, NotFound."""
+        try:
+            return open_snapshot(self.registry, job.step, job.digest, self.config.probe.device)
+        except (ValueError, KeyError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "state_dict" not in str(e):
+                raise
+            raise Corrupt(f"not a snapshot as this version makes them: {e}") from e
 
-    def _lacking(self, digest: str) -> list[BankConfig]:
-        """Banks without a result.  A bank that is not loaded yet is loaded only when its digest is needed."""
-        lacking = []
-        for bank in self.config.probe.banks:
-            known = self.banks.get(bank.name)
-            if known is None or not has_result(self.registry, digest, known.digest, self.protocol):
-                lacking.append(bank)
-        return lacking
+    def jobs(self) -> list[Job]:
+        """What is not known to be recorded: `each` of all snapshots, then `thorough` of those that get it."""
+        known = [(step, digest) for step, digest in self._versions().items() if digest not in self.failed]
+        chosen = {"never": [], "newest": known[-1:], "all": known}[self.config.probe.thorough]
+        banks = self.banks.configs()
+        wanted = [Job(EACH, *at, bank) for at in known for bank in banks] + [Job(THOROUGH, *at, bank) for at in chosen for bank in banks]
+        return [job for job in wanted if (job.kind, job.digest, job.bank.name) not in self.settled and not self._recorded(job)]
 
-    def _measure(self, step: int, digest: str) -> None:
-        settings = json.loads(read_file(self.registry, digest, "config.json"))
-        trunk = build(settings["streamlearn"]["backbone"], settings["streamlearn"]["stem"])
-        trunk.load_state_dict(safetensors.torch.load(read_file(self.registry, digest, "model.safetensors")))
-        for config in self._lacking(digest):
-            began = time.monotonic()
-            bank = self._bank(config, settings["pretrained_cfg"]["input_size"][-1])
-            if has_result(self.registry, digest, bank.digest, self.protocol):
-                continue
-            result = self._probe(trunk, settings, bank) | self._baseline(settings, bank)
-            found = {"step": step, "bank": bank.name, "bank_digest": bank.digest, "protocol": self.protocol, **result}
-            record_result(self.registry, digest, found)
+    def _versions(self) -> dict[int, str]:
+        """Step -> digest of all, in order of steps; asks only for those that are new."""
+        held = {step: self.known.get(step) or getattr(self.registry.find(version(step)), "digest", "") for step in steps(self.registry)}
+        self.known = {step: digest for step, digest in held.items() if digest}
+        return self.known
+
+    def _recorded(self, job: Job) -> bool:
+        """By what the registry held at the start; so old snapshots are not opened again."""
+        for digest, protocol, size in self.overview.recorded.get((job.digest, job.bank.name), ()):
+            if protocol == self.measurer.protocol(job.kind, size):
+                bank = self.banks.get(job.bank, size)
+                if bank is not None and bank.digest == digest:
+                    self.settled.add((job.kind, job.digest, job.bank.name))
+                    return True
+        return False
+
+    def _measure(self, snapshot: Snapshot, job: Job) -> bool:
+        """Whether anything came of it."""
+        if (job.bank.name, snapshot.size) not in self.banks.loaded:
+            self.heart.beat(state=f"loading bank {job.bank.name}", force=True)
+        bank = self.banks.get(job.bank, snapshot.size)
+        if bank is None:
+            return True  # refused: there is one job less
+        protocol = self.measurer.protocol(job.kind, snapshot.size)
+        with claim(self.home, snapshot.digest, bank.digest, protocol) as ours:
+            if not ours:
+                return False
+            began, found = time.monotonic(), None
+            if not has_result(self.registry, snapshot.digest, bank.digest, protocol):
+                found = self.measurer.measure(job.kind, snapshot, bank)
+                record_result(self.registry, snapshot.digest, found)
+        self.settled.add((job.kind, snapshot.digest, job.bank.name))
+        if found is not None:
             self.metrics.seconds.observe(time.monotonic() - began)
-            self._tell(step, digest, found)
+            self._tell(snapshot, found)
+        return True
 
-    def _bank(self, config: BankConfig, size: int) -> Bank:
-        if config.name not in self.banks:
-            self.heart.beat(state=f"loading bank {config.name}", force=True)
-            self.banks[config.name] = load_bank(config, size)
-        return self.banks[config.name]
-
-    def _probe(self, trunk: torch.nn.Module, settings: dict[str, Any], bank: Bank) -> dict[str, float]:
-        cfg = settings["pretrained_cfg"]
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        bank_ND = features(trunk, bank.train, mean, std, self.config.probe.batch)
-        test_MD = features(trunk, bank.test, mean, std, self.config.probe.batch)
-        knn_, ridge_ = self._both(bank, bank_ND, test_MD)
-        ranks = {"effective_rank": effective_rank(test_MD), "rankme": rankme(test_MD), "participation_ratio": participation_ratio(test_MD)}
-        return {"knn": knn_, "ridge": ridge_} | {k: round(v, 3) for k, v in ranks.items()}
-
-    def _both(self, bank: Bank, bank_ND: Tensor, test_MD: Tensor) -> tuple[float, float]:
-        probe, truth = self.config.probe, bank.test.labels_N
-        near = knn(bank_ND, bank.train.labels_N, test_MD, k=probe.k, temperature=probe.temperature)
-        return accuracy(near, truth), accuracy(ridge(bank_ND, bank.train.labels_N, test_MD), truth)
-
-    def _baseline(self, settings: dict[str, Any], bank: Bank) -> dict[str, float]:
-        """Raw pixels at their best side, and the mean of untrained networks: measured once for a bank and architecture."""
-        ours, cfg = settings["streamlearn"], settings["pretrained_cfg"]
-        key = (bank.digest, ours["backbone"], ours["stem"])
-        if key not in self.baselines:
-            mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-            batch = self.config.probe.batch
-            raw, random = [], []
-            for side in (s for s in RAW_SIDES if s <= cfg["input_size"][-1]):
-                self.heart.beat(state="measuring raw pixels", force=True)
-                raw.append(self._both(bank, raw_pixels(bank.train, side), raw_pixels(bank.test, side)))
-            some = normalised(bank.train.images_NSSC[:: max(1, len(bank.train.labels_N) // 1024)], mean, std)
-            for seed in SEEDS:
-                self.heart.beat(state="measuring untrained", force=True)
-                net = untrained(ours["backbone"], ours["stem"], some, seed)
-                random.append(self._both(bank, features(net, bank.train, mean, std, batch), features(net, bank.test, mean, std, batch)))
-            self.baselines[key] = {
-                "raw_knn": max(k for k, _ in raw),
-                "raw_ridge": max(r for _, r in raw),
-                "random_knn": sum(k for k, _ in random) / len(random),
-                "random_ridge": sum(r for _, r in random) / len(random),
-            }
-        return self.baselines[key]
-
-    def _tell(self, step: int, digest: str, found: dict[str, Any]) -> None:
-        self.done += 1
+    def _tell(self, snapshot: Snapshot, found: dict[str, Any]) -> None:
         self.metrics.evaluated.inc()
-        for probe in ("knn", "ridge"):
-            self.metrics.accuracy.labels(found["bank"], probe).set(found[probe])
-        self.metrics.rank.labels(found["bank"]).set(found["effective_rank"])
-        line = {k: v for k, v in found.items() if k not in ("bank_digest", "protocol")}
-        self.heart.history(tag=version(step), digest=digest, **line)
-        self.heart.beat(force=True, evaluated=self.done, last={"tag": version(step), **line})
-        logger.info(
-            "%s on %s: k-NN %.3f (untrained %.3f, raw pixels %.3f), ridge %.3f, effective rank %.1f",
-            version(step), found["bank"], found["knn"], found["random_knn"], found["raw_knn"], found["ridge"], found["effective_rank"],
-        )  # fmt: skip
+        self.overview.add(snapshot.step, snapshot.digest, snapshot.generation, found)
+        self._count()
+        line = {k: v for k, v in found.items() if k not in QUIET}
+        tag = version(snapshot.step)
+        self.heart.history(tag=tag, digest=snapshot.digest, **line)
+        self.heart.beat(force=True, evaluated=self.overview.count, **({"last": {"tag": tag, **line}} if "knn" in found else {}))
+        self.overview.write(self.banks.configs())
+        figures = ", ".join(
+            f"{name} {found[name]:.3f}" for name in ("knn", "random_knn", "raw_knn", "ridge", "logistic", "low_shot_1") if name in found
+        )
+        logger.info("%s on %s: %s%s", tag, found["bank"], figures, f"; ALARMS: {', '.join(found['alarms'])}" if found.get("alarms") else "")
+
+    def _count(self) -> None:
+        cache, m = self.measurer.cache, self.metrics
+        m.cache_bytes.set(cache.bytes())
+        for name, value, counter in (
+            ("hits", cache.hits, m.cache_hits), ("misses", cache.misses, m.cache_misses), ("yielded", self.turns.yielded_s, m.yielded),
+        ):  # fmt: skip
+            counter.inc(value - self.told.get(name, 0))
+            self.told[name] = value
 
 
 def check_banks(config: Config) -> None:
     """Before anything is started: every bank can be loaded.  Raises ConfigError."""
     for bank in config.probe.banks:
         try:
-            load_bank(bank.model_copy(update={"max_train": 50, "max_test": 50}), config.stream.crops[0].size)
+            load_bank(bank.model_copy(update={"max_train": 50, "max_test": 50, "digest": ""}), config.stream.crops[0].size)
         except FileNotFoundError as e:
             raise ConfigError(f"probe bank {bank.name}: {e.filename}: no such file") from e

@@ -13,6 +13,8 @@ import safetensors.torch
 
 from streamlearn.contract.export import Export
 from streamlearn.contract.registry import MANIFEST, Descriptor, Registry, canonical
+from streamlearn.snapshots import keys
+from streamlearn.snapshots.card import card
 
 MODEL = "application/vnd.cncf.model.manifest.v1+json"
 MODEL_CONFIG = "application/vnd.cncf.model.config.v1+json"
@@ -21,15 +23,7 @@ TITLE, FILEPATH, FILE_META = "org.opencontainers.image.title", "org.cncf.model.f
 LINEAGE = "org.streamlearn."
 EPOCH = "1970-01-01T00:00:00Z"  # of a snapshot that has learnt nothing
 KINDS = {"model.safetensors": WEIGHTS, "config.json": SETTINGS, "metrics.json": DOC, "README.md": DOC}
-TIMM = {
-    "regnety-200mf": "regnety_002",
-    "regnety-400mf": "regnety_004",
-    "regnety-600mf": "regnety_006",
-    "regnety-800mf": "regnety_008",
-}
-TIMM |= {f"regnety-{gf}gf": f"regnety_{code}" for gf, code in [("1.6", "016"), ("3.2", "032"), ("4", "040"), ("6.4", "064"), ("8", "080")]}
-TIMM |= {f"regnety-{gf}gf": f"regnety_{code}" for gf, code in [("12", "120"), ("16", "160"), ("32", "320"), ("64", "640"), ("128", "1280")]}
-TIMM |= {"regnety-256gf": "regnety_2560"}
+NO_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are not learnt
 
 
 def version(step: int) -> str:
@@ -37,28 +31,57 @@ def version(step: int) -> str:
     return f"0.{step}.0"
 
 
+def architecture(export: Export) -> str:
+    """timm's name where timm has the model; else one that timm refuses, rather than another network under the same weights."""
+    ours = export.backbone if export.stem == "imagenet" else f"{export.backbone}-{export.stem}"
+    return keys.timm_architecture(export.backbone, export.stem) or ours
+
+
 def files(export: Export, parent: str) -> dict[str, bytes]:
-    """Name -> bytes, a pure function of its arguments."""
-    weights = {name: export.weights[name].contiguous() for name in sorted(export.weights)}
+    """Name -> bytes, a pure function of its arguments.
+
+    The weights have timm's names where timm has the model, so that timm and transformers load the folder as it is; else pycls's.
+    `config.json` says which, under streamlearn.keys.
+    """
+    in_timm = bool(keys.timm_architecture(export.backbone, export.stem))
+    named = {keys.to_timm(name) if in_timm else name: weight for name, weight in export.weights.items()}
+    weights = {name: named[name].contiguous() for name in sorted(named)}
     settings = {
-        "architecture": TIMM.get(export.backbone, export.backbone),
+        "architecture": architecture(export),
         "num_features": export.width,
-        "num_classes": 0,
+        "num_classes": 0,  # here and not in model_args: transformers passes its own beside those
         "global_pool": "avg",
-        "pretrained_cfg": {
-            "input_size": [3, export.size, export.size],
-            "mean": list(export.mean),
-            "std": list(export.std),
-            "num_classes": 0,
+        "pretrained_cfg": preprocessing(export),
+        "streamlearn": {
+            "backbone": export.backbone,
+            "stem": export.stem,
+            "keys": "timm" if in_timm else "pycls",
+            "config": export.config,
         },
-        "streamlearn": {"backbone": export.backbone, "stem": export.stem, "keys": "pycls", "config": export.config},
     }
     metrics = dict(export.metrics) | {"cursor": dict(export.cursor), "window": list(export.window), "parent": parent}
     return {
         "model.safetensors": safetensors.torch.save(weights, metadata={"format": "pt"}),
-        "config.json": _pretty(settings),
-        "metrics.json": _pretty(metrics),
-        "README.md": card(export, parent).encode(),
+        "config.json": pretty(settings),
+        "metrics.json": pretty(metrics),
+        "README.md": card(export, parent, version(export.step)).encode(),
+    }
+
+
+def preprocessing(export: Export) -> dict[str, Any]:
+    """timm's account of the input: what the probes feed the trunk (stream.views.eval_crop)."""
+    return {
+        "input_size": [3, export.size, export.size],
+        "fixed_input_size": False,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0 if export.size <= 64 else 0.875,
+        "crop_mode": "center",
+        "mean": list(export.mean),
+        "std": list(export.std),
+        "num_classes": 0,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": export.license.lower(),
     }
 
 
@@ -67,25 +90,7 @@ def pack(registry: Registry, export: Export, parent: str) -> dict[str, Any]:
     created = export.window[1] or EPOCH
     contents = files(export, parent)
     layers = [_layer(registry.put_blob(data, KINDS[name]), name, created) for name, data in contents.items()]
-    count = sum(w.numel() for name, w in export.weights.items() if not name.endswith("num_batches_tracked"))
-    described = {
-        "descriptor": {
-            "createdAt": created,
-            "family": "regnet",
-            "name": export.name,
-            "version": version(export.step),
-            "licenses": ["Apache-2.0"],
-        },
-        "config": {
-            "architecture": TIMM.get(export.backbone, export.backbone),
-            "format": "safetensors",
-            "paramSize": f"{count / 1e6:.1f}M",
-            "precision": "float32",
-            "capabilities": {"inputTypes": ["image"], "outputTypes": ["embedding"], "knowledgeCutoff": created},
-        },
-        "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]},
-    }
-    config = registry.put_blob(canonical(described), MODEL_CONFIG)
+    config = registry.put_blob(canonical(described(export, [layer["digest"] for layer in layers])), MODEL_CONFIG)
     return {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
@@ -94,6 +99,40 @@ def pack(registry: Registry, export: Export, parent: str) -> dict[str, Any]:
         "layers": layers,
         "annotations": _annotations(export, parent, created),
     }
+
+
+def described(export: Export, diff_ids: list[str]) -> dict[str, Any]:
+    """ModelPack's config (model-spec v1): closed at every level, so lineage goes into annotations."""
+    created = export.window[1] or EPOCH
+    capabilities = {"inputTypes": ["image"], "outputTypes": ["embedding"], "knowledgeCutoff": export.window[1]}
+    descriptor = {
+        "createdAt": created,
+        "family": "regnet",
+        "name": export.name,
+        "version": version(export.step),
+        "revision": export.revision,
+        "sourceURL": export.source,
+        "licenses": [export.license],
+    }
+    return {
+        "descriptor": {name: value for name, value in descriptor.items() if value},
+        "config": {
+            "architecture": architecture(export),
+            "format": "safetensors",
+            "paramSize": scaled(sum(w.numel() for name, w in export.weights.items() if not name.endswith(NO_PARAMETERS))),
+            "precision": "+".join(sorted({str(w.dtype).removeprefix("torch.") for w in export.weights.values() if w.is_floating_point()})),
+            "capabilities": {name: value for name, value in capabilities.items() if value},
+        },
+        "modelfs": {"type": "layers", "diffIds": diff_ids},
+    }
+
+
+def scaled(count: int) -> str:
+    """ModelPack's paramSize: at most one decimal, and a letter."""
+    for letter, unit in (("B", 1e9), ("M", 1e6)):
+        if count >= unit:
+            return f"{count / unit:.1f}{letter}"
+    return f"{count / 1e3:.1f}K"
 
 
 def _layer(blob: Descriptor, name: str, created: str) -> dict[str, Any]:
@@ -108,7 +147,8 @@ def _annotations(export: Export, parent: str, created: str) -> dict[str, str]:
         "org.opencontainers.image.created": created,
         "org.opencontainers.image.version": version(export.step),
         "org.opencontainers.image.revision": export.revision,
-        "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.source": export.source,
+        "org.opencontainers.image.licenses": export.license,
         LINEAGE + "name": export.name,
         LINEAGE + "step": str(export.step),
         LINEAGE + "cursor": canonical(dict(export.cursor)).decode(),
@@ -117,45 +157,10 @@ def _annotations(export: Export, parent: str, created: str) -> dict[str, str]:
         LINEAGE + "parent.digest": parent,
         LINEAGE + "config.digest": export.config_digest,
     }
+    marks |= {LINEAGE + name: value for name, value in export.notes.items()}
     return {name: value for name, value in marks.items() if value}
 
 
-def _pretty(value: Mapping[str, Any]) -> bytes:
+def pretty(value: Mapping[str, Any]) -> bytes:
+    """JSON for people: the same value gives the same bytes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-
-
-def card(export: Export, parent: str) -> str:
-    """The model card."""
-    facts = "\n".join(f"| {name} | {value} |" for name, value in sorted(export.metrics.items()))
-    at = ", ".join(f"{place} up to {offset}" for place, offset in sorted(export.cursor.items())) or "nothing yet"
-    return f"""---
-library_name: streamlearn
-tags: [self-supervised, swav, regnet, continual-learning]
-license: apache-2.0
----
-# {export.name} {version(export.step)}
-
-A {export.backbone} trunk ({export.stem} stem, {export.width} features) learnt without labels by SwAV from a stream of uncurated images, at step
-{export.step} of a run that goes on. The weights are an exponential moving average, with BatchNorm's statistics re-estimated on the stream.
-
-| | |
-|---|---|
-| learnt from | {at} |
-| images fetched | {export.window[0] or "–"} to {export.window[1] or "–"} |
-| snapshot before | {parent or "none"} |
-| configuration | sha256 {export.config_digest} (whole in config.json) |
-{facts}
-
-Input: RGB, {export.size} x {export.size}, scaled to 0-1, minus {list(export.mean)}, over {list(export.std)}. Output: {export.width} features (global average pool).
-
-```python
-import json, torch, safetensors.torch
-from streamlearn.learn.backbones import build      # or pycls AnyNet: the keys are pycls's, only head.* is missing
-trunk = build("{export.backbone}", "{export.stem}").eval()
-trunk.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-features = trunk(torch.zeros(1, 3, {export.size}, {export.size}))
-```
-
-How well it does is measured after it is published, on labelled banks: `streamlearn snapshots show {version(export.step)}`. The images were neither selected nor
-labelled by anyone; the features carry whatever the web carries. Do not use them to identify people.
-"""

@@ -19,42 +19,43 @@ from typing import Any
 
 from streamlearn.contract.errors import Conflict, NotFound
 from streamlearn.contract.export import Export
-from streamlearn.contract.registry import Descriptor, OciLayout, canonical
+from streamlearn.contract.registry import Descriptor, Registry, canonical
 from streamlearn.snapshots.package import LINEAGE, pack, version
 
 CANDIDATE = "candidate"
 PROBE = "application/vnd.streamlearn.probe.v1+json"
 
 
-def publish(registry: OciLayout, export: Export) -> tuple[str, str]:
+def publish(registry: Registry, export: Export) -> tuple[str, str]:
     """(tag, digest) of the published snapshot."""
     tag = version(export.step)
     manifest = pack(registry, export, _parent(registry, export.step))
     try:
         digest = registry.put_manifest(manifest, tag=tag, expect="").digest
     except Conflict:
-        digest = registry.tags()[tag].digest  # published before a crash
-    held = registry.tags().get(CANDIDATE)
+        digest = registry.manifest(tag)[0].digest  # published before a crash
+    held = registry.find(CANDIDATE)
     if held is None or step_of(registry, held.digest) < export.step:
         registry.tag(digest, CANDIDATE, expect=held.digest if held else "")
     return tag, digest
 
 
-def step_of(registry: OciLayout, digest: str) -> int:
+def step_of(registry: Registry, digest: str) -> int:
     return int(registry.manifest(digest)[1].get("annotations", {}).get(LINEAGE + "step", -1))
 
 
-def versions(registry: OciLayout) -> dict[int, Descriptor]:
-    """Step -> its snapshot, in order of steps."""
-    found = {}
-    for tag, descriptor in registry.tags().items():
-        parts = tag.split(".")
-        if len(parts) == 3 and parts[0] == "0" and parts[2] == "0" and parts[1].isdigit():
-            found[int(parts[1])] = descriptor
-    return dict(sorted(found.items()))
+def versions(registry: Registry) -> dict[int, Descriptor]:
+    """Step -> its snapshot, in order of steps.  Behind a network a request a snapshot: not for loops."""
+    return {step: descriptor for step in steps(registry) if (descriptor := registry.find(version(step)))}
 
 
-def record_result(registry: OciLayout, digest: str, result: dict[str, Any]) -> None:
+def steps(registry: Registry) -> list[int]:
+    """Of all versions, sorted."""
+    parts = (tag.split(".") for tag in registry.names())
+    return sorted(int(p[1]) for p in parts if len(p) == 3 and p[0] == "0" and p[2] == "0" and p[1].isdigit())
+
+
+def record_result(registry: Registry, digest: str, result: dict[str, Any]) -> None:
     """Attach one measurement to a snapshot.  At most one for each (bank digest, protocol): a second is not recorded."""
     if has_result(registry, digest, result["bank_digest"], result["protocol"]):
         return
@@ -63,12 +64,12 @@ def record_result(registry: OciLayout, digest: str, result: dict[str, Any]) -> N
     registry.attach(subject, PROBE, canonical(result), marks)
 
 
-def has_result(registry: OciLayout, digest: str, bank_digest: str, protocol: str) -> bool:
+def has_result(registry: Registry, digest: str, bank_digest: str, protocol: str) -> bool:
     marks = {LINEAGE + "bank": bank_digest, LINEAGE + "protocol": protocol}
     return any(marks.items() <= dict(r.annotations).items() for r in registry.referrers(digest, PROBE))
 
 
-def results(registry: OciLayout, digest: str) -> list[dict[str, Any]]:
+def results(registry: Registry, digest: str) -> list[dict[str, Any]]:
     """What was measured of a snapshot."""
     found = []
     for referrer in registry.referrers(digest, PROBE):
@@ -79,7 +80,8 @@ def results(registry: OciLayout, digest: str) -> list[dict[str, Any]]:
     return found
 
 
-def _parent(registry: OciLayout, step: int) -> str:
+def _parent(registry: Registry, step: int) -> str:
     """The digest of the newest snapshot before `step`: the same before and after a crash."""
-    before = [d.digest for s, d in versions(registry).items() if s < step]
-    return before[-1] if before else ""
+    before = [s for s in steps(registry) if s < step]
+    newest = registry.find(version(before[-1])) if before else None
+    return newest.digest if newest else ""

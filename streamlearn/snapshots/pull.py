@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from streamlearn.contract.errors import ConfigError, Corrupt
-from streamlearn.contract.registry import OciLayout, sizes
-from streamlearn.snapshots.package import LINEAGE, MODEL, TITLE
-from streamlearn.snapshots.publish import results, versions
+from streamlearn.contract.registry import Registry, sizes
+from streamlearn.snapshots.package import LINEAGE, MODEL, TITLE, version
+from streamlearn.snapshots.publish import results, steps
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,17 @@ class Listed:
     results: tuple[dict[str, Any], ...]
 
 
-def list_snapshots(registry: OciLayout) -> list[Listed]:
+def list_snapshots(registry: Registry) -> list[Listed]:
     """All versions, oldest first."""
     names: dict[str, list[str]] = {}
-    for tag, descriptor in registry.tags().items():
-        names.setdefault(descriptor.digest, []).append(tag)
+    tags = registry.tags()
+    for tag, known in tags.items():
+        names.setdefault(known.digest, []).append(tag)
     found = []
-    for step, descriptor in versions(registry).items():
+    for step in steps(registry):
+        descriptor = tags.get(version(step))
+        if descriptor is None:  # came while we looked
+            continue
         _, manifest = registry.manifest(descriptor.digest)
         created = manifest.get("annotations", {}).get("org.opencontainers.image.created", "")
         measured = tuple(results(registry, descriptor.digest))
@@ -39,7 +43,7 @@ def list_snapshots(registry: OciLayout) -> list[Listed]:
     return found
 
 
-def show(registry: OciLayout, reference: str) -> dict[str, Any]:
+def show(registry: Registry, reference: str) -> dict[str, Any]:
     """Everything that is known of one snapshot."""
     descriptor, manifest = registry.manifest(reference)
     return {
@@ -52,7 +56,7 @@ def show(registry: OciLayout, reference: str) -> dict[str, Any]:
     }
 
 
-def read_file(registry: OciLayout, reference: str, name: str) -> bytes:
+def read_file(registry: Registry, reference: str, name: str) -> bytes:
     """One file of a snapshot, verified."""
     _, manifest = registry.manifest(reference)
     for layer in manifest["layers"]:
@@ -61,22 +65,22 @@ def read_file(registry: OciLayout, reference: str, name: str) -> bytes:
     raise Corrupt(f"{reference}: the snapshot has no file {name}")
 
 
-def verify(registry: OciLayout, reference: str) -> list[str]:
+def verify(registry: Registry, reference: str) -> list[str]:
     """Read every byte; what was found sound.  Raises Corrupt or NotFound naming the first damage."""
     descriptor, manifest = registry.manifest(reference)
     if manifest.get("artifactType") != MODEL:
         raise Corrupt(f"{reference}: artifactType {manifest.get('artifactType')!r} is not a snapshot's")
     checked = [f"manifest {descriptor.digest}"]
-    registry.read_blob(manifest["config"]["digest"])
+    registry.check_blob(manifest["config"]["digest"])
     for layer in manifest["layers"]:
-        data = registry.read_blob(layer["digest"])
-        if len(data) != layer["size"]:
-            raise Corrupt(f"{reference}: {layer['annotations'][TITLE]} has {len(data)} bytes, the manifest says {layer['size']}")
+        size = registry.check_blob(layer["digest"])
+        if size != layer["size"]:
+            raise Corrupt(f"{reference}: {layer['annotations'][TITLE]} has {size} bytes, the manifest says {layer['size']}")
         checked.append(f"{layer['annotations'][TITLE]} {layer['digest']} ({layer['size']} bytes)")
     return checked
 
 
-def pull(registry: OciLayout, reference: str, folder: Path) -> list[Path]:
+def pull(registry: Registry, reference: str, folder: Path) -> list[Path]:
     """The snapshot's files in a new folder; it appears only once every file is there and verified."""
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; name a folder that does not")

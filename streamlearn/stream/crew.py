@@ -6,7 +6,8 @@ pure function of its spec, so what comes of it is the same.
 A sample can be what a worker dies of: a fault of a decoder, or a picture that takes all the memory there is.  After a second death in a row
 the oldest work is given out alone; whoever dies over the same slot of it twice has found such a sample, which then counts as corrupt.
 
-On CUDA the memory is pinned, and what is done is copied ahead on a stream of its own while the learner computes.
+What the workers leave to the learner's device, crops and distortions or normalisation alone, is done when work is taken.  On CUDA the memory
+is pinned, and what is done is copied ahead on a stream of its own while the learner computes.
 """
 
 import importlib
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import ConfigError, Stuck
-from streamlearn.stream import distort, views
+from streamlearn.stream import crop, distort, views
 from streamlearn.stream.trays import Tray, Trays
-from streamlearn.stream.worker import BatchSpec, Sound, make, make_in, start_worker
+from streamlearn.stream.worker import BatchSpec, Out, Sound, make, make_in, out_of, start_worker
 
 logger = logging.getLogger(__name__)
 DEATHS_IN_A_ROW = 20  # without one batch between them: then it is not the pictures
@@ -34,7 +35,7 @@ DEATHS_IN_A_ROW = 20  # without one batch between them: then it is not the pictu
 @dataclass(eq=False)
 class Work:
     spec: BatchSpec
-    tray: Tray  # where its crops are written
+    tray: Tray  # where it is written
     future: "Future[Sound] | None" = None  # None: nobody is at it
     died_over: Counter[int] = field(default_factory=Counter)  # slots
     copied: "_Copied | None" = None
@@ -42,7 +43,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Copied:
-    rows: tuple[Tensor, ...]  # (V_r*B,S_r,S_r,3) uint8 a resolution, on the device
+    bytes: tuple[Tensor, ...]  # uint8, on the device: (V_r*B,S_r,S_r,3) a resolution, or what a pile holds
     done: torch.cuda.Event | None  # None: it is there already
 
 
@@ -55,8 +56,10 @@ class Crew:
         self.deaths = 0
         self._row = 0  # of deaths, since a batch was collected
         self._alone = False  # only the oldest work is given out
+        # without OpenCV's libraries, on a CPU: the learner's process has enough to do
+        decoded = 0 if self.paint or (config.augment == "auto" and device.type == "cpu") else config.decoded_bytes
         # one to write on while another is unwanted
-        self._trays = Trays(config.crops, batch, config.prefetch + 1, pinned=device.type == "cuda")
+        self._trays = Trays(config.crops, batch, config.prefetch + 1, decoded_bytes=decoded, pinned=device.type == "cuda")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._outstanding = deque[Work]()
         self._pool: ProcessPoolExecutor | None = None
@@ -70,7 +73,7 @@ class Crew:
     def collect(self, work: Work) -> Sound:
         """(B,) which samples could be decoded; waits for it.  Raises Stuck where no worker lives long enough to make it."""
         if self.config.workers == 0:
-            return make(self.config, work.spec, self._trays.arrays(work.tray), paint=self.paint)
+            return make(self.config, work.spec, self._out(work), paint=self.paint)
         while True:
             try:
                 assert work.future is not None, "work is collected in the order in which it was begun"
@@ -94,15 +97,19 @@ class Crew:
         copied = work.copied or self._copy(work)
         if copied.done is not None:
             copied.done.synchronize()  # the tray is written on again once the work has ended
-        finished, first = list[Tensor](), 0
-        for rows, (V, B, S, *_) in zip(copied.rows, work.tray.shapes, strict=True):
-            if copied.done is not None:
-                rows.record_stream(torch.cuda.current_stream(self.device))
+            for one in copied.bytes:
+                one.record_stream(torch.cuda.current_stream(self.device))
+        out, finished, first = self._out(work), list[Tensor](), 0
+        for i, (V, S) in enumerate((resolution.count, resolution.size) for resolution in self.config.crops):
+            if isinstance(out, crop.Pile):
+                rows = crop.resized(copied.bytes[0], out.table_VB6[first : first + V].reshape(-1, crop.COLUMNS), S)
+            else:
+                rows = copied.bytes[i]
             if self.paint:
                 x = views.normalised(rows, self.config.mean, self.config.std)
             else:
                 x = distort.distorted(rows, distort.draw(work.spec.keys_B, range(first, first + V), self.config), self.config)
-            finished.append(x.view(V, B, 3, S, S))
+            finished.append(x.view(V, -1, 3, S, S))
             first += V
         return tuple(finished)
 
@@ -121,12 +128,21 @@ class Crew:
             self._pool = None
         self._trays.close()
 
+    def _out(self, work: Work) -> Out:
+        return out_of(self._trays.arrays(work.tray), self.config)
+
+    def _bytes(self, work: Work) -> tuple[Tensor, ...]:
+        """What the device needs of a tray, in the tray."""
+        out = self._out(work)
+        if isinstance(out, crop.Pile):
+            return (torch.from_numpy(out.needed()),)
+        return tuple(torch.from_numpy(pixels_VBSSC).flatten(0, 1) for pixels_VBSSC in out)
+
     def _copy(self, work: Work) -> _Copied:
-        rows = [torch.from_numpy(pixels_VBSSC).flatten(0, 1) for pixels_VBSSC in self._trays.arrays(work.tray)]
         if self._copies is None:
-            return _Copied(tuple(pixels.to(self.device) for pixels in rows), None)
+            return _Copied(tuple(pixels.to(self.device) for pixels in self._bytes(work)), None)
         with torch.cuda.stream(self._copies):
-            copied = tuple(pixels.to(self.device, non_blocking=True) for pixels in rows)
+            copied = tuple(pixels.to(self.device, non_blocking=True) for pixels in self._bytes(work))
             return _Copied(copied, self._copies.record_event())
 
     def _submit(self, work: Work) -> None:

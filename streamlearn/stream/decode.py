@@ -51,8 +51,8 @@ class Header:
 class Buffer:
     """Memory that one decode after another writes to: fresh pages for each image would cost a tenth of the decoding."""
 
-    def __init__(self) -> None:
-        self.memory = np.empty(0, np.uint8)
+    def __init__(self, memory: NDArray[np.uint8] | None = None) -> None:
+        self.memory = np.empty(0, np.uint8) if memory is None else memory
 
     def of(self, size: int) -> NDArray[np.uint8] | None:
         """At least `size` bytes; None where that is more than is worth keeping."""
@@ -92,7 +92,10 @@ def pixels(data: bytes, known: Header, *, scale: int = 1, buffer: Buffer | None 
     if not known.turbo:
         assert scale == 1
         with _opened(data) as image:
-            return np.array(_rgb(ImageOps.exif_transpose(image) if known.orientation != 1 else image), dtype=np.uint8)
+            converted = np.array(_rgb(ImageOps.exif_transpose(image) if known.orientation != 1 else image), dtype=np.uint8)
+        if converted.shape[:2] != (known.height, known.width):  # some formats can contradict themselves
+            raise Corrupt(f"image of {len(data)} bytes: {converted.shape[1::-1]} px, and not {(known.width, known.height)}")
+        return converted
     height, width = -(-known.height // scale), -(-known.width // scale)
     if known.orientation != 1 and _UPRIGHT[known.orientation][0]:
         height, width = width, height

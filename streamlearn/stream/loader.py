@@ -1,51 +1,54 @@
 """Batches in the planned order, made ahead of need by worker processes.
 
-Specs of batches are pure values, handed out in order and collected in order, to whomever they are made by (stream/crew.py).  Crops come back
-as bytes in memory that is shared (stream/trays.py); what the workers leave to the learner's device is done when the batch is taken:
-normalisation, and with `stream.augment` there all distortion.
+Specs of batches are pure values (stream/ahead.py), handed out in order and collected in order, to whomever they are made by (stream/crew.py).
+Crops come back as bytes in memory that is shared (stream/trays.py); what the workers leave to the learner's device is done when the batch is
+taken: normalisation, and with `stream.augment` there all distortion.
 
-A shard may be rewritten or taken down at any time.  The catalog is looked at before every round and every few seconds in between; what is
-seen to have ended leaves the local cache at once, and batches that were made ahead from it are dropped and made again: their samples are
-read from where they lie now, and slots whose sample is gone go to replay.  So nothing that was taken down is delivered once that is seen.
+A batch is made once its shards are on this disk (stream/cache.py).  While they are not, earlier batches are delivered, and then there is None to
+deliver: a store that is down stops nothing but the learner's steps, and the batches that follow are those that would have come.
+
+A shard may be rewritten or taken down at any time.  The catalog is looked at before every round and every few seconds in between, and at once where
+another rank of this host has seen a newer one; what is seen to have ended leaves the local cache at once, and batches that were made ahead from it
+are dropped and made again: their samples are read from where they lie now, and slots whose sample is gone go to replay.  So nothing that was
+taken down is delivered once that is seen.
 """
 
 import contextlib
-import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt, NotFound, Retryable
 from streamlearn.contract.object_store import ObjectStore
-from streamlearn.contract.shards import ShardSample
 from streamlearn.stream import views
-from streamlearn.stream.cache import ShardCache, read_member
-from streamlearn.stream.crew import Crew, Work
+from streamlearn.stream.ahead import Ahead, Outstanding
+from streamlearn.stream.cache import Copy, Lost, ShardCache, Want, read_member
+from streamlearn.stream.crew import Crew
 from streamlearn.stream.decode import Pixels, decode
 from streamlearn.stream.keys import key, permutation
 from streamlearn.stream.minred import Features
 from streamlearn.stream.plan import Planner
-from streamlearn.stream.position import Position, finished, pool_of
+from streamlearn.stream.position import Position
 from streamlearn.stream.replay import MINRED
-from streamlearn.stream.rounds import Slots, fresh_refs, order, part_of_batch, substitute
-from streamlearn.stream.table import Table
-from streamlearn.stream.worker import BatchSpec, Place, Sound
+from streamlearn.stream.rounds import fresh_refs, part_of_batch
+from streamlearn.stream.waits import Waits
+from streamlearn.stream.worker import Sound
 
 LOOK_S = 5.0  # between looks at the catalog in the middle of a round
-LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost
+SOON = 64  # images to be looked at, whose shards are fetched ahead
+PATIENCE_S = 5.0  # a download that takes longer is no reason to keep the learner from saying that it waits
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,6 @@ class Batch:
     named: Tensor  # (B,) bool: the image is the one that the plan names, and no stand-in
     wait_s: float  # how long the learner waited for it
     taken: Callable[..., dict[str, Any]]  # tells the stream that the batch is learnt: see Stream.take
-
-
-@dataclass
-class _Outstanding:
-    spec: BatchSpec
-    refs_N2: NDArray[np.int64]  # of the whole batch, all ranks' parts
-    fresh: NDArray[np.bool_]
-    named: NDArray[np.bool_]
-    before: Position  # to make it again
-    after: Position
-    shards: frozenset[str]
-    work: Work | None = None  # in the making
 
 
 class Stream:
@@ -88,65 +79,54 @@ class Stream:
         rank: int = 0,
         ranks: int = 1,
     ):
-        self.config, self.batch, self.stop = config, batch, stop
+        self.config, self.stop = config, stop
         self.part, self.ranks = part_of_batch(batch, rank, ranks), ranks
+        position = Position.from_state(config, state) if state else Position.start(config)
+        self.features = Features.from_state(state["features"]) if state and "features" in state else Features()
+        self.waits = Waits()
         self.crew = Crew(config, batch=batch // ranks, device=torch.device(device))
         self.planner = Planner(config, catalog, store, batch=batch, leader=rank == 0)
-        self.cache = ShardCache(store, cache_dir, config.cache_bytes)
-        self.position = Position.from_state(config, state) if state else Position.start(config)
-        self.features = Features.from_state(state["features"]) if state and "features" in state else Features()
-        self._learnt = self.position  # after the last batch that was taken or passed over
+        self.cache = ShardCache(store, cache_dir, config, self.waits)
+        self.ahead = Ahead(self.planner, self.cache, self.waits, position=position, features=self.features, part=self.part)
         self.names: dict[str, str] = {}  # shard key -> sha256
-        self.counts = {"corrupt": 0, "lost": 0, "passed_over": 0, "taken_down": 0}
-        self._queue: deque[_Outstanding] = deque()
-        self._looked = -math.inf  # monotonic
-        self._substitutes: tuple[int, NDArray[np.int64]] | None = None  # of which round, its pool
+        self.counts = {"corrupt": 0, "passed_over": 0}
+        self._queue: deque[Outstanding] = deque()
+        self._look_at = self._look_not_before = 0.0  # monotonic
+        self._noted = 0  # what other ranks had heeded of the catalog before it was last looked at
         self._look()
         self._heed()
 
     def batches(self) -> Iterator[Batch | None]:
-        """Ends when `stop` is set.  None, about every `poll_s`, while there is nothing to learn."""
-        ahead = self._specs()
+        """Ends when `stop` is set.  None, about every `poll_s`, while there is nothing to learn, or nothing to be had of it."""
+        began = said = time.perf_counter()
         while not self.stop.is_set():
             self._look()
-            if self._heed():
-                ahead = self._specs()
-            while len(self._queue) < self.config.prefetch and (item := next(ahead)) is not None:
+            self._heed()
+            while len(self._queue) < self.config.prefetch and (item := self.ahead.next()) is not None:
                 self._queue.append(item)
                 item.work = self.crew.begin(item.spec)
             if self.planner.ended:  # planning has looked too
                 continue
+            self.ahead.foresee(self._kept())
             if not self._queue:
-                self.stop.wait(self.config.poll_s)
-                yield None
+                waiting = self._idle()
+                if not waiting or self.waits.why() or time.perf_counter() - said > PATIENCE_S:
+                    yield None
+                    said = time.perf_counter()
+                    began = began if waiting else said
                 continue
-            began = time.perf_counter()
-            item = self._queue[0]
-            assert item.work is not None
-            sound = self.crew.collect(item.work)
-            self._queue.popleft()
-            self.counts["corrupt"] += int((~sound).sum())
-            crops = self.crew.crops(item.work) if sound.any() else ()
-            self.crew.end(item.work)
-            if self._queue and (following := self._queue[0].work) is not None:
-                self.crew.copy_ahead(following)
-            if not crops:
-                self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
-                if self.ranks == 1:
-                    self._learnt = item.after
-                    continue
-                # other ranks' parts may be sound, and all must take the same number of steps
-                crops, sound = self._grey(), np.zeros(len(item.fresh), bool)
-            fresh, named = torch.from_numpy(item.fresh & sound), torch.from_numpy(item.named & sound)
-            yield Batch(crops, fresh, named, time.perf_counter() - began, partial(self.take, item, sound))
+            batch = self._made(self._queue[0], began)
+            if batch is not None:
+                yield batch
+                began = said = time.perf_counter()
 
-    def take(self, item: _Outstanding, sound: Sound, features_BD: Tensor | None = None) -> dict[str, Any]:
+    def take(self, item: Outstanding, sound: Sound, features_BD: Tensor | None = None) -> dict[str, Any]:
         """`Batch.taken`: where the stream stands once this batch is learnt, for the checkpoint.
 
         `features_BD`: what the learner made of each image, for MinRed (else it is not looked at); None where it made nothing of them.  With
         several ranks every one of them is told the same, of the whole batch, with zeros where a part's image is not `named`.
         """
-        self._learnt = item.after
+        self.ahead.learnt = item.after
         if self.config.replay != MINRED:
             return item.after.to_state()
         if features_BD is not None:
@@ -167,27 +147,54 @@ class Stream:
         self.names |= dict(shard for shard, _ in found)
         return [f"{name}#{index}" for (name, _), index in found]
 
-    def image_bytes(self, ref: str) -> bytes:
-        """Raises NotFound, Corrupt."""
+    def image_bytes(self, ref: str, then: Sequence[str] = ()) -> bytes:
+        """Waits for its shard; `then`: what will be asked for next.  Raises NotFound, Corrupt; Retryable where the store cannot be reached."""
+        while True:
+            self._look()
+            self._heed()
+            want, at = self._spot(ref)
+            self.ahead.foresee(self._kept(), first=[want, *self._shards(then)])
+            copy = self.cache.copy(want.sha256)
+            if isinstance(copy, Lost):
+                raise copy.error
+            if isinstance(copy, Copy) and self.cache.keep([want.sha256]):
+                try:
+                    fd = os.open(copy.path, os.O_RDONLY)
+                except FileNotFoundError:
+                    self.cache.recheck()
+                    continue
+                try:
+                    return read_member(fd, copy.samples[at])
+                finally:
+                    os.close(fd)
+            if (why := self.waits.why()) and not self.cache.here(want):
+                raise why
+            self.cache.wait(1.0)
+
+    def _spot(self, ref: str) -> tuple[Want, int]:
         name, _, index = ref.rpartition("#")
         if name not in self.names:
             raise NotFound(f"{ref}: not among the shards of this stream")
-        spot = self.planner.moves.spot(name, self.names[name], int(index))
+        spot = self.ahead.spot((name, self.names[name]), int(index))
         if spot is None:
             raise NotFound(f"{ref}: taken down")
-        path, samples = self.cache.shard(spot.key, spot.sha256, pinned=self._pinned())
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            return read_member(fd, samples[spot.index])
-        finally:
-            os.close(fd)
+        return spot
+
+    def _shards(self, refs: Sequence[str]) -> Iterator[Want]:
+        """As far as they are there."""
+        for ref in refs:
+            with contextlib.suppress(NotFound):
+                yield self._spot(ref)[0]
 
     def eval_images(self, refs: list[str], size: int) -> Tensor:
-        """(N,3,size,size) normalised centre crops.  An image that has vanished or cannot be decoded stands as the one before it."""
+        """(N,3,size,size) normalised centre crops.  An image that has vanished or cannot be decoded stands as the one before it.
+
+        Raises Retryable where the store cannot be reached; what has come is in the cache for the next try.
+        """
         crops: list[Pixels] = []
-        for ref in refs:
+        for i, ref in enumerate(refs):
             try:
-                crops.append(views.eval_crop(decode(self.image_bytes(ref)), size))
+                crops.append(views.eval_crop(decode(self.image_bytes(ref, refs[i + 1 : i + SOON])), size))
             except (NotFound, Corrupt):
                 self.counts["corrupt"] += 1
                 if crops:
@@ -196,94 +203,51 @@ class Stream:
         return views.normalised(pixels, self.config.mean, self.config.std)
 
     def counters(self) -> dict[str, int]:
-        more = {"worker_deaths": self.crew.deaths, "cache_bytes": self.cache.bytes, "expired_unseen": self.position.unseen}
-        return self.counts | more
+        more = {"worker_deaths": self.crew.deaths, "expired_unseen": self.ahead.position.unseen, "batches_ahead": len(self._queue)}
+        return self.counts | dict(self.ahead.counts) | more | self.cache.counters() | {"failures": self.waits.failures}
+
+    def waiting(self) -> dict[str, Any]:
+        """What it waits for and since when, for the heartbeat."""
+        return self.waits.told()
 
     def close(self) -> None:
         self.crew.close()
+        self.cache.close()
 
-    # -- planning ahead ------------------------------------------------------------------------------------------------
-
-    def _specs(self) -> Iterator[_Outstanding | None]:
-        """Specs in order, for ever; None whenever nothing is planned."""
-        while True:
-            planned = self._planned()
-            if planned is None:
-                yield None
-                continue
-            self.position, round_ = planned, planned.record
-            assert round_ is not None
-            if not round_.batches:
-                self.position = finished(planned)
-                continue
-            slots = order(self.config.seed, round_, self.position.reservoir)
-            table = self.position.table.with_(round_.shards)
-            while self.position.place < round_.batches:
-                after = replace(self.position, place=self.position.place + 1)
-                if after.place == round_.batches:
-                    after = finished(after)
-                item = self._spec(table, slots, self.position.place * self.batch)
-                item.before, item.after = self.position, after
-                self.position = after
-                yield item
-                if after.record is None:  # the round is over
-                    break
-
-    def _planned(self) -> Position | None:
-        if self.config.replay == MINRED and self.position.record is None and self._learnt.round < self.position.round - 1:
-            return None  # what MinRed goes by is not learnt yet
-        return self.planner.planned(self.position, self.features)
-
-    def _spec(self, table: Table, slots: Slots, start: int) -> _Outstanding:
-        """Of this rank's part of the batch whose slots begin at `start`."""
-        whole, own = slice(start, start + self.batch), slice(start + self.part.start, start + self.part.stop)
-        places, fresh, shards = list[Place | None](), slots.fresh_N[own].copy(), set[str]()
-        named = np.ones(len(fresh), bool)
-        for i, (number, index) in enumerate(slots.refs_N2[own].tolist()):
-            place = self._place(table.get(number), index, shards)
-            if place is None:
-                fresh[i] = named[i] = False
-                place = self._substitute(table, own.start + i, shards)
-            places.append(place)
-        there = [place for place in places if place is not None]
-        # with nothing to draw from, others of the batch stand in; with none of those, the batch is passed over
-        filled = tuple(place or there[i % len(there)] for i, place in enumerate(places)) if there else ()
-        spec = BatchSpec(filled, slots.keys_N[own])
-        return _Outstanding(spec, slots.refs_N2[whole], fresh, named, self.position, self.position, frozenset(shards))
-
-    def _substitute(self, table: Table, slot: int, shards: set[str]) -> Place | None:
-        """A replay draw for a slot whose sample is lost or gone; None where everything is gone.  Raises Corrupt where too much is lost."""
-        if self._substitutes is None or self._substitutes[0] != self.position.round:
-            self._substitutes = (self.position.round, pool_of(self.position, self.planner.moves))
-        pool = self._substitutes[1]
-        for attempt in range(LOST_TRIES if len(pool) else 0):
-            number, index = substitute(self.config.seed, self.position.round, slot, attempt, pool)
-            place = self._place(table.get(number), index, shards, count=False)
-            if place is not None:
-                return place
-        if not len(pool):
-            return None
-        raise Corrupt(
-            f"round {self.position.round}: a slot's shard is lost, and so were {LOST_TRIES} others drawn in its place; "
-            "see `streamlearn status` and restore the store from a backup"
-        )
-
-    def _place(self, shard: tuple[str, str] | None, index: int, shards: set[str], *, count: bool = True) -> Place | None:
-        """Where the bytes of a sample lie on this disk; None if it was taken down, or its shard is lost."""
-        spot = self.planner.moves.spot(*shard, index) if shard else None
-        if shard and spot is None:
-            self.counts["taken_down"] += count
-            return None
+    def _made(self, item: Outstanding, began: float) -> Batch | None:
+        """The first batch of the queue, once it is made; None where it is to be made again, or passed over."""
+        assert item.work is not None
         try:
-            if spot is None:
-                raise NotFound("not in the table")
-            path, samples = self.cache.shard(spot.key, spot.sha256, pinned=self._pinned() | shards)
-        except (NotFound, Corrupt):
-            self.counts["lost"] += count
+            sound = self.crew.collect(item.work)
+        except FileNotFoundError:  # another rank has purged a copy, or somebody has emptied the cache
+            self._look_at = 0.0
+            self.cache.recheck()
+            self._make_again(0)
             return None
-        shards.add(spot.key)
-        sample: ShardSample = samples[spot.index]
-        return Place(str(path), sample)
+        self._queue.popleft()
+        self.counts["corrupt"] += int((~sound).sum())
+        crops = self.crew.crops(item.work) if sound.any() else ()
+        self.crew.end(item.work)
+        if self._queue and (following := self._queue[0].work) is not None:
+            self.crew.copy_ahead(following)
+        if not crops:
+            self.counts["passed_over"] += 1  # a whole batch of garbage: the sequence goes on without it
+            if self.ranks == 1:
+                self.ahead.learnt = item.after
+                return None
+            # other ranks' parts may be sound, and all must take the same number of steps
+            crops, sound = self._grey(), np.zeros(len(item.fresh), bool)
+        fresh, named = torch.from_numpy(item.fresh & sound), torch.from_numpy(item.named & sound)
+        return Batch(crops, fresh, named, time.perf_counter() - began, partial(self.take, item, sound))
+
+    def _idle(self) -> bool:
+        """Nothing is ready: wait a little.  False where that is because there is nothing to learn."""
+        if self.ahead.lacks:
+            if not self.ahead.must_look or time.monotonic() < self._look_not_before:
+                self.cache.wait(min(self.config.poll_s, 1.0))
+        else:
+            self.stop.wait(self.config.poll_s)
+        return self.ahead.lacks
 
     def _grey(self) -> tuple[Tensor, ...]:
         """A part of nothing but grey images."""
@@ -293,29 +257,38 @@ class Stream:
     # -- what ends meanwhile -------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """See what has ended, every few seconds.  A catalog out of reach is no reason to stop: planning says so when it needs it."""
-        if time.monotonic() - self._looked >= LOOK_S:
-            self._looked = time.monotonic()
-            with contextlib.suppress(Retryable):
-                self.planner.look()
+        """See what has ended, every few seconds, and where somebody knows more.  A catalog out of reach is no reason to stop."""
+        at = time.monotonic()
+        if at < self._look_not_before or not (at >= self._look_at or self.ahead.must_look or self.cache.stale()):
+            return
+        noted, self._look_at = self.cache.noted(), at + LOOK_S
+        try:
+            self.planner.look()
+        except Retryable as e:
+            self._look_not_before = time.monotonic() + self.waits.out("look", e)
+            return
+        self.waits.over("look")
+        self._noted, self.ahead.looked, self.ahead.must_look = noted, at, False
 
-    def _heed(self) -> bool:
-        """Drop what was made from shards that have ended; True if planning ahead must begin anew."""
+    def _heed(self) -> None:
+        """Drop what was made from shards that have ended."""
         ended, self.planner.ended = self.planner.ended, []
-        if not ended:
-            return False
-        self.cache.purge({row.sha256 for row in ended})
-        self._substitutes = None
-        keys = {row.key for row in ended}
-        stale = next((i for i, item in enumerate(self._queue) if item.shards & keys), None)
-        if stale is None:
-            return False
-        self.position = self._queue[stale].before
-        while len(self._queue) > stale:
+        if ended:
+            self.cache.purge({row.sha256 for row in ended}, self.planner.version)
+            self.ahead.heed()
+            keys = {row.key for row in ended}
+            stale = next((i for i, item in enumerate(self._queue) if any(want.key in keys for want in item.shards)), None)
+            if stale is not None:
+                self._make_again(stale)
+        self.cache.acknowledge(self._noted)
+
+    def _make_again(self, first: int) -> None:
+        """The batches of the queue from one on."""
+        self.ahead.rewind(self._queue[first].before)
+        while len(self._queue) > first:
             dropped = self._queue.pop().work
             assert dropped is not None
             self.crew.end(dropped)
-        return True
 
-    def _pinned(self) -> frozenset[str]:
+    def _kept(self) -> frozenset[Want]:
         return frozenset().union(*(item.shards for item in self._queue))

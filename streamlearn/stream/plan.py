@@ -28,7 +28,7 @@ The cost of a round is that of its shards and of the reservoir, never of the cat
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,16 @@ class Planner:
         self.ended += changes.ended
         if self.leader:
             self._waiting.learn(changes, self.moves)
+
+    @property
+    def version(self) -> int:
+        """Of the catalog, as it was last looked at; -1: never, or there is none."""
+        return self._version
+
+    def upcoming(self, cursor: Mapping[str, int]) -> Iterator[ShardRow]:
+        """The shards that rounds after `cursor` will take, in their order, as far as is known.  A look ahead: nothing is planned."""
+        ahead = (row for row in self._waiting if row.end_offset > cursor.get(f"{row.topic}/{row.partition}", 0))
+        return (row for row in ahead if row.status == LIVE and row.num_samples)
 
     def planned(self, position: Position, features: Features | None = None) -> Position | None:
         """The position with its round's record; None when there is nothing to learn yet.

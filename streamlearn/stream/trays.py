@@ -1,7 +1,7 @@
-"""Memory for finished crops that the learner and its workers share: a ring of trays, each as large as one batch.
+"""Memory for crops, or for what they are cut from, that the learner and its workers share: a ring of trays, each as large as one batch.
 
 It is an unnamed file (memfd): no limit but the memory's (a container's /dev/shm is 64 MB by default), no page of it is made twice, and it
-is gone when the last process that knows it is, however that ended.
+is gone when the last process that knows it is, however that ended.  What was never written to takes no memory, unless it is pinned.
 
 A tray has one writer at a time: it is handed out again only once the work that was given it has ended, be it wanted or not.  Its writer
 notes in it which slot it is at, so that whoever outlives the writer knows over what it died.
@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from streamlearn.contract.config import CropConfig
+from streamlearn.stream import views
+from streamlearn.stream.crop import COLUMNS, per_image
 from streamlearn.stream.decode import Pixels
 
 logger = logging.getLogger(__name__)
@@ -34,18 +36,23 @@ class Tray:
 
     path: str  # of the memory, for any process of the same user
     start: int
-    shapes: tuple[Shape, ...]  # (V_r,B,S_r,S_r,3)
+    shapes: tuple[Shape, ...]  # of finished crops: (V_r,B,S_r,S_r,3); of a pile: its table and its memory, (V,B,48) and (bytes,)
 
 
 class Trays:
     """The learner's side."""
 
-    def __init__(self, crops: tuple[CropConfig, ...], batch: int, count: int, *, pinned: bool = False):
-        """`pinned`: a CUDA device may copy from it by itself, while the processor goes on."""
-        shapes = tuple((crop.count, batch, crop.size, crop.size, 3) for crop in crops)
+    def __init__(self, crops: tuple[CropConfig, ...], batch: int, count: int, *, decoded_bytes: int = 0, pinned: bool = False):
+        """`decoded_bytes`: of an image, on the average; for piles instead of finished crops.  `pinned`: a CUDA device may copy from it by
+        itself, while the processor goes on.
+        """
+        shapes: tuple[Shape, ...] = tuple((crop.count, batch, crop.size, crop.size, 3) for crop in crops)
+        if decoded_bytes:
+            sides_V = views.sides(crops)
+            shapes = ((len(sides_V), batch, 8 * COLUMNS), (batch * per_image(sides_V, decoded_bytes),))
         # whole pages: then no two trays share one; the note has one to itself, so that crops begin with a page
         size = (1 + -(-sum(math.prod(shape) for shape in shapes) // mmap.PAGESIZE)) * mmap.PAGESIZE
-        self._fd = os.memfd_create("streamlearn-crops")
+        self._fd = os.memfd_create("streamlearn-trays")
         os.ftruncate(self._fd, count * size)
         self._memory = mmap.mmap(self._fd, 0)
         self._pinned = self._pin(count * size) if pinned else False
@@ -69,7 +76,7 @@ class Trays:
         self._free.append((tray, work))
 
     def arrays(self, tray: Tray) -> tuple[Pixels, ...]:
-        """One a resolution."""
+        """One a resolution; or those of a pile."""
         return _arrays(self._memory, tray)
 
     def at(self, tray: Tray) -> NDArray[np.int64]:
@@ -85,7 +92,7 @@ class Trays:
         fault = int(torch.cuda.cudart().cudaHostRegister(self._address(), size, 0))
         if fault:  # it is slower without, not wrong
             logger.warning(
-                "%d MB for crops could not be pinned (CUDA error %d): copies to the device will wait for them", size >> 20, fault
+                "%d MB for batches could not be pinned (CUDA error %d): copies to the device will wait for them", size >> 20, fault
             )
         return not fault
 

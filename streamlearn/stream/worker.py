@@ -1,5 +1,5 @@
-"""What a worker process does: one batch spec -> its crops, written into memory that the learner shares.  A pure function of config, spec
-and the bytes it points to.
+"""What a worker process does: one batch spec -> its crops, or a pile that the learner's device cuts them from (stream/crop.py), written into
+memory that the learner shares.  A pure function of config, spec and the bytes it points to.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.shards import ShardSample
 from streamlearn.stream import distort, views
 from streamlearn.stream.cache import read_member
+from streamlearn.stream.crop import Pile
 from streamlearn.stream.decode import Buffer, Header, Pixels, header, pixels
 from streamlearn.stream.keys import U64
 from streamlearn.stream.trays import Tray, mapped
@@ -42,6 +43,7 @@ class BatchSpec:
 
 
 Sound = NDArray[np.bool_]  # (B,); False: could not be decoded, another sample stands in its place
+Out = tuple[Pixels, ...] | Pile  # where a batch is written: one (V_r,B,S_r,S_r,3) a resolution, or images and where their views lie
 
 
 def start_worker(parent: int) -> None:
@@ -73,13 +75,21 @@ def _end_with(learner: int) -> None:
 
 def make_in(config: StreamConfig, spec: BatchSpec, tray: Tray, *, paint: bool) -> Sound:
     """As `make`, in another process than the one whose memory it is."""
-    out, at = mapped(tray)
-    return make(config, spec, out, paint=paint, at=at)
+    arrays, at = mapped(tray)
+    return make(config, spec, out_of(arrays, config), paint=paint, at=at)
+
+
+def out_of(arrays: tuple[Pixels, ...], config: StreamConfig) -> Out:
+    """What the arrays of a tray are for."""
+    if arrays[0].ndim == 5:
+        return arrays
+    table, memory = arrays
+    return Pile(table.view(np.int64), memory, views.sides(config.crops))
 
 
 @torch.inference_mode()
-def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, paint: bool, at: NDArray[np.int64] | None = None) -> Sound:
-    """Write one (V_r,B,S_r,S_r,3) a resolution; with `paint` flipped, coloured and blurred, else that is left to the learner's device.
+def make(config: StreamConfig, spec: BatchSpec, out: Out, *, paint: bool, at: NDArray[np.int64] | None = None) -> Sound:
+    """Write a batch; crops with `paint` flipped, coloured and blurred, else that is left to the learner's device.
 
     `at` (1,) is told which slot's sample is being looked at (-1: none).  Where no sample is sound nothing is written: the loader passes the
     batch over, and counts it.
@@ -98,7 +108,7 @@ def make(config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], *, pain
 class _Maker:
     """One batch in the making."""
 
-    def __init__(self, config: StreamConfig, spec: BatchSpec, out: tuple[Pixels, ...], paint: bool, at: NDArray[np.int64]):
+    def __init__(self, config: StreamConfig, spec: BatchSpec, out: Out, paint: bool, at: NDArray[np.int64]):
         self.out, self.config, self.keys_B, self.at = out, config, spec.keys_B, at
         self.bodies = _read(spec)
         self.headers = [None if slot in spec.deadly else self._header(slot) for slot in range(len(self.bodies))]
@@ -130,18 +140,28 @@ class _Maker:
             boxes_V4, scale = boxes_V14[:, 0], int(scales[0])
         if not known.turbo:
             scale = 1
+        room = self.out.room() if isinstance(self.out, Pile) else np.empty(0, np.uint8)
+        whole = 3 * -(-known.height // scale) * -(-known.width // scale) <= len(room)
         try:
-            image = pixels(self.bodies[sample], known, scale=scale, buffer=self.buffer)
+            image = pixels(self.bodies[sample], known, scale=scale, buffer=Buffer(room) if whole else self.buffer)
         except Corrupt:
             return False  # counted by the loader
+        if not isinstance(self.out, Pile):
+            self._cut(self.out, slot, image, boxes_V4 // scale)
+        elif whole:
+            self.out.add(slot, image, boxes_V4 // scale)
+        else:
+            self.out.add_crops(slot, image, boxes_V4 // scale)
+        return True
+
+    def _cut(self, out: tuple[Pixels, ...], slot: int, image: Pixels, boxes_V4: NDArray[np.int64]) -> None:
         view = 0
-        for out_VBSSC in self.out:
+        for out_VBSSC in out:
             for out_BSSC in out_VBSSC:
-                views.cut(image, boxes_V4[view] // scale, out_BSSC[slot])
+                views.cut(image, boxes_V4[view], out_BSSC[slot])
                 if self.paint is not None:
                     out_BSSC[slot] = self.paint(out_BSSC[slot], self.draws, view * len(self.bodies) + slot)
                 view += 1
-        return True
 
 
 def _read(spec: BatchSpec) -> list[bytes]:

@@ -5,25 +5,20 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from streamlearn.contract import durable
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.status import Heartbeat, read_status
-from tests.conftest import missing
+from tests.conftest import small_disk
 
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A real file system of 256 KiB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        missing(f"cannot mount a small tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "tiny", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_a_fault_that_passes_and_leaves_no_litter(tiny_disk):
@@ -87,3 +82,39 @@ def test_a_torn_last_line_is_passed_over_and_the_next_starts_afresh(tmp_path):
     assert list(durable.read_lines(path)) == [{"a": 1}]
     durable.append_line(path, json.dumps({"a": 3}))
     assert list(durable.read_lines(path)) == [{"a": 1}, {"a": 3}]
+
+
+def folder_of(path, **files):
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_folder_appears_whole_and_replaces_another_only_if_told(tmp_path):
+    durable.publish_folder(folder_of(tmp_path / "new", a="1", b="2"), tmp_path / "x")
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["a", "b"] and os.listdir(tmp_path) == ["x"]
+    with pytest.raises(FileExistsError):
+        durable.publish_folder(folder_of(tmp_path / "new", a="3"), tmp_path / "x")
+    assert (tmp_path / "x" / "a").read_text() == "1" and (tmp_path / "new" / "a").exists()
+    durable.publish_folder(tmp_path / "new", tmp_path / "x", replace=True)
+    assert {p.name: p.read_text() for p in (tmp_path / "x").iterdir()} == {"a": "3"} and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_killed_at_either_rename_of_a_folder_no_file_of_the_old_one_is_lost(tmp_path, monkeypatch, nth):
+    class Killed(BaseException): ...
+
+    folder_of(tmp_path / "x", a="old")
+    new, rename, calls = folder_of(tmp_path / "new", a="new"), Path.rename, []
+
+    def dying(path, target):
+        calls.append(path)
+        if len(calls) == nth:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(Killed):
+        durable.publish_folder(new, tmp_path / "x", replace=True)
+    assert sorted(p.read_text() for p in tmp_path.rglob("a")) == ["new", "old"]

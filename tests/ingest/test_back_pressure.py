@@ -3,7 +3,6 @@
 The fetch role is a process of its own, the store is S3 behind a proxy that goes wrong, the log is SQLite or Kafka's mock cluster, the web is real.
 """
 
-import subprocess
 from contextlib import ExitStack
 
 import pytest
@@ -21,7 +20,7 @@ from streamlearn.contract.event_log import (
 )
 from tests.adapters.faultproxy import Fault, FaultProxy
 from tests.adapters.kafka import MockCluster, open_mocked
-from tests.conftest import missing
+from tests.conftest import small_disk
 from tests.ingest.pressing import Dataset, Gallery, Role, tell
 from tests.ingest.server import serving
 
@@ -236,15 +235,10 @@ def test_a_source_faster_than_the_fetcher_shows_as_lag_and_costs_no_memory(tmp_p
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_spool(tmp_path):
     """The spool is a file system of its own, of 1 MiB."""
-    folder = tmp_path / "home" / "spool"
-    folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        missing(f"cannot mount a small tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with small_disk(tmp_path / "home" / "spool", "1m") as folder:
+        yield folder
 
 
 def fill(path):
@@ -257,7 +251,7 @@ def fill(path):
 SPOOLING = "max_bytes = 100000\nconcurrency = 4"
 
 
-def test_units_end_before_their_disk_is_full_and_nothing_is_fetched_twice(tmp_path, small_disk, bucket):
+def test_units_end_before_their_disk_is_full_and_nothing_is_fetched_twice(tmp_path, small_spool, bucket):
     """Nothing but the disk says that a unit has to end."""
     site = Gallery(30_000)
     log = SqliteLog(tmp_path / "home" / "log.sqlite")
@@ -274,7 +268,7 @@ def test_units_end_before_their_disk_is_full_and_nothing_is_fetched_twice(tmp_pa
     dataset.check(base, range(90), site.body)
 
 
-def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(tmp_path, small_disk, bucket):
+def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(tmp_path, small_spool, bucket):
     site = Gallery(30_000)
     log = SqliteLog(tmp_path / "home" / "log.sqlite")
     dataset = Dataset(log, bucket.config())
@@ -283,14 +277,14 @@ def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(
         tell(log, base, range(20))
         role.wait(lambda: role.stored(20))
         before_mb = role.rss_mb()
-        fill(small_disk / "ballast")
+        fill(small_spool / "ballast")
         tell(log, base, range(20, 90))
         role.wait(lambda: role.health()[1]["state"] == "waiting")
         asked = role.at_rest(lambda: len(site.hits))
         assert asked <= 20 + 2 * SLOTS  # what is read ahead of the two partitions
-        said = _says_what_it_waits_for(role, str(small_disk), "spool")
+        said = _says_what_it_waits_for(role, str(small_spool), "spool")
         assert "no space left" in said["waiting"] and "goes on by itself" in said["waiting"]
-        (small_disk / "ballast").unlink()
+        (small_spool / "ballast").unlink()
         role.wait(lambda: role.stored(90))
         role.wait(lambda: role.health("/readyz")[0] == 200)
         assert role.stop() == 0
@@ -298,7 +292,7 @@ def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(
     dataset.check(base, range(90), site.body)
 
 
-def test_a_unit_that_others_leave_no_room_to_be_closed_is_fetched_again(tmp_path, small_disk, bucket):
+def test_a_unit_that_others_leave_no_room_to_be_closed_is_fetched_again(tmp_path, small_spool, bucket):
     site = Gallery(30_000)
     log = SqliteLog(tmp_path / "home" / "log.sqlite")
     dataset = Dataset(log, bucket.config())
@@ -306,10 +300,10 @@ def test_a_unit_that_others_leave_no_room_to_be_closed_is_fetched_again(tmp_path
     with serving(site) as base, Role("fetch", tmp_path / "home", **settings) as role:
         tell(log, base, range(10))
         role.wait(lambda: len(site.hits) == 10 and role.health()[1]["spool_bytes"])
-        fill(small_disk / "ballast")
-        _says_what_it_waits_for(role, str(small_disk), "seal")
+        fill(small_spool / "ballast")
+        _says_what_it_waits_for(role, str(small_spool), "seal")
         role.wait(lambda: role.health()[1]["spool_bytes"] == 0)  # dropped: it is room, for whoever can use it
-        (small_disk / "ballast").unlink()
+        (small_spool / "ballast").unlink()
         role.wait(lambda: role.stored(10))
         role.wait(lambda: role.health("/readyz")[0] == 200)
     dataset.check(base, range(10), site.body)

@@ -214,7 +214,7 @@ PLAIN = b"User-agent: *\nDisallow: /no\n"
         b"\xff\xfe\xfd\n" + PLAIN,
         b"<html><body>User agents welcome</body></html>\n" + PLAIN,
         b"A" * 200_000 + b"\n" + PLAIN,
-        gzip.compress(PLAIN),
+        gzip.compress(PLAIN, mtime=0),
         PLAIN + b"Allow: /" + b"n" * 10**7,
         PLAIN.replace(b"Disallow", b"Dissalow"),
         PLAIN.upper().replace(b"/NO", b"/no"),

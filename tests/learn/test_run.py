@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.status import Heartbeat, read_status
@@ -33,13 +33,21 @@ class Shelf:
         return f"0.{export.step}.0", digest
 
 
-def learn(home, end, shelf, config=None, stop=None, registry=None):
+def learn(home, end, shelf, config=None, stop=None, registry=None, warm=None):
     config = config or small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=end)
     metrics, heart = LearnerMetrics(registry or CollectorRegistry()), Heartbeat(home, "train", period_s=0)
     stop = stop or threading.Event()
     gallery = home / "history" / "gallery.json"
     return run_train(
-        config, lambda s: PlainStream(s, 100, stop), FolderStore(home / "store"), shelf, metrics, heart, stop=stop, gallery=gallery
+        config,
+        lambda s: PlainStream(s, 100, stop),
+        FolderStore(home / "store"),
+        shelf,
+        metrics,
+        heart,
+        stop=stop,
+        gallery=gallery,
+        warm=warm,
     )
 
 
@@ -91,6 +99,39 @@ def test_its_counters_count_what_this_process_learnt(tmp_path):
     assert sum(images.values()) == state.images - first.images > images["fresh"]
     assert registry.get_sample_value("learner_steps_total") == registry.get_sample_value("learner_step_seconds_count") == 6
     assert registry.get_sample_value("learner_step_number") == 10
+
+
+class DryStream(PlainStream):
+    """Its store is down at first, and again when it is asked for images."""
+
+    why, refused, seen = "", 0, None
+
+    def batches(self):
+        self.why = "the store is down"
+        yield None
+        self.seen = read_status(self.home)["train"]
+        self.why = ""
+        yield from super().batches()
+
+    def waiting(self):
+        return {"waiting": self.why, "waiting_s": 7.0 if self.why else 0.0}
+
+    def eval_images(self, refs, size):
+        if not self.refused:
+            self.refused += 1
+            raise Retryable("the store is down", after_s=0.0)
+        return super().eval_images(refs, size)
+
+
+def test_a_store_that_is_down_is_said_and_ends_neither_steps_nor_snapshots(tmp_path):
+    stream, shelf, registry = DryStream(None, 100), Shelf(), CollectorRegistry()
+    stream.home = tmp_path
+    config = small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=6)
+    metrics, heart = LearnerMetrics(registry), Heartbeat(tmp_path, "train", period_s=0)
+    run_train(config, lambda _: stream, FolderStore(tmp_path / "store"), shelf, metrics, heart, stop=threading.Event())
+    assert (stream.seen["state"], stream.seen["waiting"]) == ("waiting", "the store is down")
+    assert read_status(tmp_path)["train"]["waiting"] == "" and sorted(shelf.exports) == [4] and stream.refused == 1
+    assert registry.get_sample_value("learner_waiting_seconds") == 0.0
 
 
 def test_told_to_stop_it_checkpoints_and_ends(tmp_path):

@@ -65,6 +65,9 @@ class PlainStream:
     def counters(self):
         return {"corrupt": 0}
 
+    def waiting(self):
+        return {"waiting": "", "waiting_s": 0.0}
+
     def close(self):
         return None
 

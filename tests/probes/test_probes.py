@@ -1,31 +1,17 @@
-"""Probes equal independent references; label-free numbers their formulas; banks complain by name."""
-
-import threading
+"""Probes equal independent references."""
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from streamlearn.contract.config import BankConfig, Config, ProbeConfig
-from streamlearn.contract.durable import read_lines
-from streamlearn.contract.errors import ConfigError
-from streamlearn.contract.metrics import EvaluatorMetrics
-from streamlearn.contract.registry import OciLayout
-from streamlearn.contract.status import Heartbeat, read_status
+from streamlearn.contract.config_probe import BankConfig
 from streamlearn.probes.banks import load_bank
-from streamlearn.probes.evaluator import Evaluator, run_evaluate
 from streamlearn.probes.features import raw_pixels
-from streamlearn.probes.knn import accuracy, knn
-from streamlearn.probes.label_free import effective_rank, participation_ratio, rankme
-from streamlearn.probes.linear import _fit, ridge
-from streamlearn.snapshots.publish import publish, results
-from tests.ingest.server import picture
-from tests.snapshots.test_publish import export
+from streamlearn.probes.knn import accuracy, knn, knn_scores
+from streamlearn.probes.linear import _fits, held_out, ridge, ridge_scores
+from streamlearn.probes.logistic import SWEEP, draws, fit, low_shot, sweep
 
 
 def blobs(n, classes=4, width=12, spread=1.2, seed=0):
@@ -54,7 +40,7 @@ def test_ridge_equals_scikit_learns():
     X, T = (X - mean) / std, (T - mean) / std
     Y = np.eye(4)[labels.numpy()]
     theirs = Ridge(alpha=0.1 * len(X)).fit(X, Y).predict(T).argmax(1)
-    ours = _fit(torch.from_numpy(X), torch.from_numpy(Y), torch.from_numpy(T), 0.1)
+    ours = _fits(torch.from_numpy(X), torch.from_numpy(Y), torch.from_numpy(T), (0.1,))[0].argmax(1)
     assert (ours.numpy() == theirs).all() and accuracy(ridge(bank, labels, test), blobs(100, seed=1)[1]) > 0.7
 
 
@@ -66,130 +52,113 @@ def test_raw_pixels_of_real_images_by_knn_equal_a_numpy_reference(data_dir):
     expected = []
     for row in b @ a.T:
         near = np.argsort(-row)[:20]
-        expected.append(np.bincount(bank.train.labels_N.numpy()[near], weights=np.exp(row[near] / 0.07), minlength=10).argmax())
-    ours = knn(raw_pixels(bank.train, 32), bank.train.labels_N, raw_pixels(bank.test, 32)).numpy()
+        expected.append(np.bincount(bank.train.labels.numpy()[near], weights=np.exp(row[near] / 0.07), minlength=10).argmax())
+    ours = knn(raw_pixels(bank.train, 32), bank.train.labels, raw_pixels(bank.test, 32)).numpy()
     assert (ours == np.array(expected)).mean() > 0.99 and len(bank.classes) == 10
 
 
-def orthogonal(n, r, seed=0):
-    """n centred rows whose covariance has r equal eigenvalues."""
-    x = np.random.default_rng(seed).standard_normal((n, r))
-    q, _ = np.linalg.qr(x - x.mean(0))
-    return torch.from_numpy(q)
+def hits(scores, truth):
+    return float((scores.argmax(1) == truth).double().mean())
 
 
-@pytest.mark.parametrize("r", [1, 3, 10])
-def test_ranks_of_known_data(r):
-    z = orthogonal(200, r) @ torch.from_numpy(np.linalg.qr(np.random.default_rng(1).standard_normal((16, 16)))[0][:r])
-    assert effective_rank(z) == pytest.approx(r, rel=1e-9) and participation_ratio(z) == pytest.approx(r, rel=1e-9)
-    assert rankme(z) == pytest.approx(r, rel=1e-3)
+@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+def test_the_logistic_fit_equals_scikit_learns_at_the_same_C(C):
+    (bank, labels), (test, _) = blobs(300), blobs(80, seed=1)
+    X, T = (torch.nn.functional.normalize(x.double(), dim=1).numpy() for x in (bank, test))
+    theirs = LogisticRegression(C=C, max_iter=10_000, tol=1e-10).fit(X, labels.numpy()).decision_function(T)
+    ours = fit(bank, labels, 4, C, tolerance=1e-10).scores(test).numpy()
+    # a softmax is free up to a constant a row: theirs is centred by its penalty, ours by its start at 0
+    assert np.allclose(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True), atol=2e-4 * np.abs(theirs).max())
 
 
-def test_a_collapsed_network_is_seen():
-    z = torch.ones(100, 8) + 1e-6 * torch.randn(100, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(1, 8)
-    assert effective_rank(z) < 1.1 and rankme(z) < 1.01
+def test_a_class_of_a_multi_label_bank_is_fitted_on_the_images_in_which_it_is_judged():
+    (bank, classes), (test, _) = blobs(300), blobs(80, seed=1)
+    labels = torch.stack([classes == 0, classes >= 2], 1).to(torch.int8)
+    labels[5:60, 1] = -1
+    judged = labels[:, 1] >= 0
+    X, T = (torch.nn.functional.normalize(x.double(), dim=1).numpy() for x in (bank, test))
+    ours = fit(bank, labels, 2, 1.0, tolerance=1e-10).scores(test).numpy()
+    for c, use in ((0, judged | True), (1, judged)):
+        theirs = LogisticRegression(C=1.0, max_iter=10_000, tol=1e-10).fit(X[use.numpy()], labels[use, c].numpy()).decision_function(T)
+        assert np.allclose(ours[:, c], theirs, atol=2e-4 * np.abs(theirs).max())
 
 
-def bank_file(folder, count=60, classes=3):
-    images = [picture(i, size=(20, 20)) for i in range(count)]
-    pq.write_table(pa.table({"jpeg": images, "label": [i % classes for i in range(count)]}), folder / "bank.parquet")
-    return str(folder / "bank.parquet")
+def test_ridge_of_many_labels_leaves_out_what_is_not_judged():
+    (bank, classes), (test, _) = blobs(300), blobs(80, seed=1)
+    labels = torch.stack([classes == 0, classes >= 2], 1).to(torch.int8)
+    labels[5:60, 1] = -1
+    ours = ridge_scores(bank, labels, test, lambdas=(0.1,)).numpy()
+    X, T = bank.double().numpy(), test.double().numpy()
+    mean, std = X.mean(0), X.std(0, ddof=1) + 1e-6
+    X, T = (X - mean) / std, (T - mean) / std
+    for c in (0, 1):
+        use = labels[:, c].numpy() >= 0
+        theirs = Ridge(alpha=0.1 * use.sum()).fit(X[use], labels[use, c].double().numpy()).predict(T)
+        assert np.allclose(ours[:, c], theirs, atol=1e-9)
 
 
-def test_a_bank_is_split_the_same_way_every_time(tmp_path):
-    config = BankConfig(name="b", train=bank_file(tmp_path))
-    one, two = load_bank(config, 16), load_bank(config, 16)
-    assert one.digest == two.digest and one.train.images_NSSC.shape[1:] == (16, 16, 3)
-    assert len(one.train.labels_N) + len(one.test.labels_N) == 60 and load_bank(config, 20).digest != one.digest
+def test_knn_of_many_labels_votes_among_the_neighbours_that_are_judged():
+    bank = torch.eye(3)
+    labels = torch.tensor([[1, 0], [0, -1], [1, -1]], dtype=torch.int8)
+    test = torch.tensor([[1.0, 0.5, 0.0]])
+    unit = torch.nn.functional.normalize(test.double(), dim=1)[0]
+    votes = (unit / 0.07).exp()
+    expected = torch.tensor([(votes[0] + votes[2]) / votes.sum(), 0.0])
+    assert torch.allclose(knn_scores(bank, labels, test, k=3)[0].double(), expected.double(), atol=1e-6)
+    only = knn_scores(bank[1:], labels[1:], test, k=2)[0]
+    assert float(only[1]) == 0.5  # nobody is judged
 
 
-def test_a_bank_of_folders_is_read_by_class(tmp_path):
-    for i in range(40):
-        path = tmp_path / "bank" / f"class{i % 2}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i) if i != 7 else b"\xff\xd8\xff broken")
-    bank = load_bank(BankConfig(name="b", train=str(tmp_path / "bank")), 16)
-    assert bank.classes == ("class0", "class1") and len(bank.train.labels_N) + len(bank.test.labels_N) == 39
+def test_the_sweep_takes_the_best_C_on_held_out_images_and_is_the_same_every_time():
+    (bank, labels), (test, truth) = blobs(400, spread=2.0), blobs(300, spread=2.0, seed=1)
+    grid = SWEEP[::8]
+    scores, C = sweep(bank, labels, test, grid=grid)
+    held = held_out(labels)
+    grades = [hits(fit(bank[~held], labels[~held], 4, c).scores(bank[held]), labels[held]) for c in grid]
+    assert grades[grid.index(C)] == max(grades) and len(SWEEP) == 45 and SWEEP[0] == 1e-6 and SWEEP[-1] == pytest.approx(1e5)
+    assert torch.equal(scores, sweep(bank, labels, test, grid=grid)[0]) and hits(scores, truth) > 0.5
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"label_column": "y"}, "no column 'y'; there are jpeg, label"),
-        ({"train": "nowhere.txt"}, "neither a folder"),
-        ({"train": "nowhere.parquet"}, "nowhere.parquet: not a readable parquet"),
-    ],
-)
-def test_a_bad_bank_is_named_with_the_remedy(tmp_path, change, complaint):
-    with pytest.raises(ConfigError, match=f"probe bank b: .*{complaint}"):
-        load_bank(BankConfig(name="b", **{"train": bank_file(tmp_path)} | change), 16)
+def test_one_percent_of_the_labels_is_one_of_each_class_and_more_labels_are_better_and_surer():
+    (bank, labels), (test, truth) = blobs(400, spread=2.0), blobs(300, spread=2.0, seed=1)
+    for some in draws(labels, 0.01, range(5)):
+        assert sorted(labels[some].tolist()) == [0, 1, 2, 3]
+    one = low_shot(bank, labels, test, truth, share=0.01, seeds=5)
+    ten = low_shot(bank, labels, test, truth, share=0.10, seeds=5)
+    assert ten["mean"] > one["mean"] and ten["deviation"] < one["deviation"] and (one["images"], ten["images"]) == (4, 40)
+    assert low_shot(bank, labels, test, truth, share=0.01, seeds=5) == one
+    few = next(draws(labels, 0.01, [0]))
+    model = LogisticRegression(C=1 / (0.0025 * 4), max_iter=10_000, tol=1e-8)
+    unit = [torch.nn.functional.normalize(x.double(), dim=1).numpy() for x in (bank[few], test)]
+    theirs = (model.fit(unit[0], labels[few].numpy()).predict(unit[1]) == truth.numpy()).mean()
+    assert low_shot(bank, labels, test, truth, share=0.01, seeds=1)["mean"] == pytest.approx(theirs, abs=0.01)
 
 
-def test_one_class_is_no_bank(tmp_path):
-    with pytest.raises(ConfigError, match="1 classes"):
-        load_bank(BankConfig(name="b", train=bank_file(tmp_path, classes=1)), 16)
+@pytest.mark.parametrize("images", [20, 60])
+def test_ridge_is_the_same_with_fewer_images_than_features_and_with_more(images):
+    g = np.random.default_rng(0)
+    X, T, Y = g.standard_normal((images, 40)), g.standard_normal((10, 40)), np.eye(3)[g.integers(0, 3, images)]
+    for lam, ours in zip((0.01, 1.0), _fits(*map(torch.from_numpy, (X, Y, T)), (0.01, 1.0)), strict=True):
+        assert np.allclose(ours.numpy(), Ridge(alpha=lam * images).fit(X, Y).predict(T), atol=1e-9)
 
 
-class Killed(BaseException): ...
+@pytest.mark.parametrize("order", ["in turns", "by class", "shuffled"])
+def test_what_is_held_out_has_every_class_whatever_the_order(order):
+    labels = {
+        "in turns": torch.arange(500) % 10,
+        "by class": torch.arange(500) // 50,
+        "shuffled": (torch.arange(500) % 10)[torch.randperm(500, generator=torch.Generator().manual_seed(0))],
+    }[order]
+    assert torch.bincount(labels[held_out(labels)]).tolist() == [5] * 10
+    few = torch.tensor([0, 1, 1, 2, 2, 2])
+    assert sorted(few[held_out(few)].tolist()) == [1, 2]  # an only image is kept to be learnt from
+    assert int(held_out(torch.zeros(40, 3, dtype=torch.int8)).sum()) == 4
 
 
-def evaluator(home, registry=None):
-    config = Config(probe=ProbeConfig(banks=(BankConfig(name="b", train=str(home / "bank.parquet")),), poll_s=0.05))
-    registry = registry or OciLayout(home / "registry")
-    return Evaluator(config, registry, EvaluatorMetrics(CollectorRegistry()), Heartbeat(home, "evaluate", period_s=0)), config
-
-
-def test_every_snapshot_is_measured_once_and_the_result_lies_beside_it(tmp_path):
-    bank_file(tmp_path)
-    registry = OciLayout(tmp_path / "registry")
-    digests = [publish(registry, export(step, seed=step))[1] for step in (1, 2)]
-    role, _ = evaluator(tmp_path)
-    assert [role.measure_next() for _ in range(3)] == [True, True, False]
-    again, _ = evaluator(tmp_path)
-    while again.measure_next():
-        pass
-    for digest in digests:
-        found = results(registry, digest)
-        assert len(found) == 1 and {"knn", "ridge", "raw_knn", "random_knn", "effective_rank", "rankme"} <= set(found[0])
-    assert [line["step"] for line in read_lines(tmp_path / "history" / "evaluate.jsonl")] == [1, 2]
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_around_its_commit_point_nothing_is_recorded_twice(tmp_path, when):
-    bank_file(tmp_path)
-
-    class DyingLayout(OciLayout):
-        def attach(self, *args):
-            if when == "after":
-                super().attach(*args)
-            raise Killed
-
-    _, digest = publish(OciLayout(tmp_path / "registry"), export(1))
-    role, _ = evaluator(tmp_path, DyingLayout(tmp_path / "registry"))
-    with pytest.raises(Killed):
-        role.measure_next()
-    again, _ = evaluator(tmp_path)
-    while again.measure_next():
-        pass
-    assert len(results(OciLayout(tmp_path / "registry"), digest)) == 1
-
-
-def test_a_damaged_snapshot_is_named_and_the_others_are_measured(tmp_path):
-    bank_file(tmp_path)
-    registry = OciLayout(tmp_path / "registry")
-    (_, bad), (_, good) = publish(registry, export(1)), publish(registry, export(2, seed=2))
-    blob = registry.root / "blobs" / "sha256" / registry.manifest(bad)[1]["layers"][0]["digest"][7:]
-    blob.write_bytes(blob.read_bytes()[:-10])
-    _, config = evaluator(tmp_path)
-    stop = threading.Event()
-    args = (config, registry, EvaluatorMetrics(CollectorRegistry()), Heartbeat(tmp_path, "evaluate", period_s=0), stop)
-    thread = threading.Thread(target=run_evaluate, args=args, daemon=True)
-    thread.start()
-    for _ in range(1200):
-        if results(registry, good) and read_status(tmp_path).get("evaluate", {}).get("failed"):
-            break
-        threading.Event().wait(0.1)
-    stop.set()
-    thread.join(60)
-    assert len(results(registry, good)) == 1 and results(registry, bad) == []
-    assert "damaged" in read_status(tmp_path)["evaluate"]["failed"][bad]
+def test_the_probes_do_not_depend_on_the_order_of_the_bank():
+    """Classes in turns, ten of them: holding out every tenth image once meant holding out one class."""
+    (bank, labels), (test, truth) = blobs(600, classes=10, spread=1.5), blobs(300, classes=10, spread=1.5, seed=1)
+    order = labels.argsort(stable=True)
+    assert torch.equal(ridge(bank, labels, test), ridge(bank[order], labels[order], test))
+    one, other = (sweep(b, y, test, grid=SWEEP[::8]) for b, y in ((bank, labels), (bank[order], labels[order])))
+    assert one[1] == other[1] and hits(one[0], truth) == pytest.approx(hits(other[0], truth), abs=0.01) and hits(one[0], truth) > 0.7

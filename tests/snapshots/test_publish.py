@@ -129,7 +129,7 @@ def test_a_pulled_snapshot_opens_with_safetensors_in_a_bare_pycls_model(registry
     with torch.no_grad():
         torch.testing.assert_close(bare.eval()(x), trunk.eval()(x), atol=1e-5, rtol=1e-5)
     card = (tmp_path / "model" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace('"model.safetensors"', repr(str(tmp_path / "model" / "model.safetensors")))
+    code = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "model")))
     told = {}
     exec(code, told)
     assert told["features"].shape == (1, 368)

@@ -18,7 +18,7 @@ from streamlearn.stream.cache import read_member
 from streamlearn.stream.decode import decode
 from streamlearn.stream.worker import make
 from tests.stream.test_views import cut
-from tests.stream.world import CONFIG, World, take
+from tests.stream.world import CONFIG, World, first_spec, take
 
 
 @pytest.fixture
@@ -39,20 +39,20 @@ def test_batches_have_the_shapes_that_the_learner_asks_for(world):
     assert batch.crops[0].dtype == torch.float32 and batch.fresh.dtype == torch.bool
 
 
-@pytest.mark.parametrize("cut", [1, 3, 5, 8])
-def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut):
-    whole = take(world.stream(), 12)
-    first = take(world.stream(cache=world.home / "c1"), cut)
+@pytest.mark.parametrize(("cut", "augment"), [(1, "workers"), (3, "workers"), (5, "workers"), (8, "workers"), (3, "device"), (8, "device")])
+def test_resumed_at_any_batch_the_next_are_equal_byte_for_byte(world, cut, augment):
+    whole = take(world.stream(augment=augment), 12)
+    first = take(world.stream(cache=world.home / "c1", augment=augment), cut)
     world.add(7)  # the catalog grows meanwhile: recorded rounds are not planned anew
-    rest = take(world.stream(first[-1].taken(), cache=world.home / "c2"), 12 - cut)
+    rest = take(world.stream(first[-1].taken(), cache=world.home / "c2", augment=augment), 12 - cut)
     assert all(equal(a, b) for a, b in zip(whole[cut:], rest, strict=True))
     assert [b.taken()["place"] for b in whole[cut:]] == [b.taken()["place"] for b in rest]
 
 
-@pytest.mark.parametrize("augment", ["workers", "device"])
-def test_worker_processes_make_the_same_batches_as_none(world, augment):
+@pytest.mark.parametrize(("augment", "workers"), [("workers", 2), ("device", 1), ("device", 2)])
+def test_worker_processes_make_the_same_batches_as_none(world, augment, workers):
     plain = take(world.stream(augment=augment), 8)
-    stream = world.stream(workers=2, cache=world.home / "c1", augment=augment)
+    stream = world.stream(workers=workers, cache=world.home / "c1", augment=augment)
     try:
         assert all(equal(a, b) for a, b in zip(plain, take(stream, 8), strict=True))
     finally:
@@ -68,10 +68,18 @@ def test_workers_and_device_distort_alike(world):
             assert x.shape == y.shape and (x - y).abs().mean() < 0.03  # of a standard deviation: under two levels of 255
 
 
+@pytest.mark.parametrize("decoded_bytes", [0, 5000])
+def test_who_crops_and_how_much_room_there_is_changes_no_byte_of_a_batch(world, decoded_bytes):
+    """Nothing on piles, and half of the images; against all of them."""
+    whole = take(world.stream(augment="device"), 8)
+    other = take(world.stream(augment="device", decoded_bytes=decoded_bytes, cache=world.home / "c1"), 8)
+    assert all(equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
 def test_the_views_of_a_batch_are_the_draws_of_its_keys(world):
     """Made again by hand, one view at a time, from the bytes that the spec points to."""
     stream = world.stream()
-    item = next(i for i in stream._specs() if i is not None)
+    item = first_spec(stream)
     batch = take(world.stream(cache=world.home / "c1"), 1)[0]
     for b, place in enumerate(item.spec.places):
         with Path(place.path).open("rb") as f:
@@ -123,14 +131,15 @@ def test_the_workers_end_with_the_learner(world):
     assert not alive
 
 
-def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path, augment):
     world = World(tmp_path)
     world.add(8, spoilt={2, 5})
-    stream = world.stream(fresh_fraction=1.0)
+    stream = world.stream(fresh_fraction=1.0, augment=augment)
     batches = take(stream, 2)
     assert sum(int(b.fresh.sum()) for b in batches) == 6 and stream.counters()["corrupt"] == 2
     assert all(torch.isfinite(c).all() for b in batches for c in b.crops)
-    again = take(World(tmp_path).stream(fresh_fraction=1.0, cache=tmp_path / "c2"), 2)
+    again = take(World(tmp_path).stream(fresh_fraction=1.0, cache=tmp_path / "c2", augment=augment), 2)
     assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
@@ -138,7 +147,8 @@ def test_a_sample_that_cannot_be_decoded_is_replaced_and_counted(tmp_path):
 def test_in_its_place_stands_the_next_of_the_batch_seen_by_other_draws(tmp_path, spoilt):
     world = World(tmp_path)
     world.add(4, spoilt={spoilt})
-    item = next(i for i in world.stream(fresh_fraction=1.0)._specs() if i is not None)
+    stream = world.stream(fresh_fraction=1.0)
+    item = first_spec(stream)
     samples = [place.sample.index for place in item.spec.places]
     at, places = samples.index(spoilt), list(item.spec.places)
     places[at] = places[(at + 1) % 4]
@@ -152,11 +162,12 @@ def test_in_its_place_stands_the_next_of_the_batch_seen_by_other_draws(tmp_path,
     assert not np.array_equal(made[0][1][0][:, at], made[0][1][0][:, (at + 1) % 4])
 
 
-def test_a_whole_batch_of_garbage_does_not_stop_the_loop(tmp_path):
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_a_whole_batch_of_garbage_does_not_stop_the_loop(tmp_path, augment):
     world = World(tmp_path)
     world.add(4, spoilt={0, 1, 2, 3})
     world.add(8)
-    stream = world.stream(fresh_fraction=1.0, round_samples=4)
+    stream = world.stream(fresh_fraction=1.0, round_samples=4, augment=augment)
     batches = take(stream, 2)
     assert len(batches) == 2 and stream.counters()["corrupt"] >= 4 and stream.counters()["passed_over"] >= 1
     assert sum(int(b.fresh.sum()) for b in batches) == 8
@@ -191,8 +202,9 @@ def test_the_cache_stays_within_its_budget(world):
         world.add(6)
     one = max(p.stat().st_size for p in (world.store.root / "shards").rglob("*.tar"))
     stream = world.stream()
-    stream.cache.budget_bytes = 6 * one
+    stream.cache.copies.budget_bytes = 6 * one
     take(stream, 40)
+    stream.close()  # nothing more is on its way
     held = sum(p.stat().st_size for p in (world.home / "cache").glob("*.tar"))
     assert held == stream.counters()["cache_bytes"] <= 6 * one
 

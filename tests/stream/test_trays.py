@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Future
 
 import numpy as np
+import psutil
 import pytest
 
 from streamlearn.contract.config import CropConfig
@@ -16,8 +17,8 @@ CROPS = (CropConfig(count=2, size=16, scale=(0.3, 1.0)), CropConfig(count=1, siz
 
 
 @pytest.fixture
-def trays():
-    found = Trays(CROPS, 4, 3)
+def trays(request):
+    found = Trays(CROPS, 4, 3, decoded_bytes=getattr(request, "param", 0))
     yield found
     found.close()
 
@@ -26,6 +27,23 @@ def test_a_tray_has_an_array_for_each_resolution(trays):
     assert [a.shape for a in trays.arrays(trays.take())] == [(2, 4, 16, 16, 3), (1, 4, 8, 8, 3)]
 
 
+def test_a_tray_for_a_pile_has_a_table_and_the_room_that_was_asked_for_or_what_crops_take():
+    for asked, got in ((10_000, 10_048), (1, 1728)):  # cache lines
+        trays = Trays(CROPS, 4, 3, decoded_bytes=asked)
+        assert [a.shape for a in trays.arrays(trays.take())] == [(3, 4, 48), (4 * got,)]
+        trays.close()
+
+
+def test_what_is_not_written_to_takes_no_memory():
+    before = psutil.Process().memory_info().shared
+    trays = Trays(CROPS, 4, 3, decoded_bytes=2**26)
+    trays.arrays(trays.take())[1][: 2**24] = 1
+    grown = psutil.Process().memory_info().shared - before
+    trays.close()
+    assert 2**23 < grown < 2**26
+
+
+@pytest.mark.parametrize("trays", [0, 5000], indirect=True)
 def test_no_two_trays_overlap(trays):
     taken = [trays.take() for _ in range(3)]
     for value, tray in enumerate(taken):

@@ -3,6 +3,7 @@
 import io
 import random
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,12 @@ def test_a_buffer_changes_no_pixel_and_grows_as_needed():
 def test_what_cannot_be_decoded_is_corrupt_with_a_reason(name):
     with pytest.raises(Corrupt, match="of [0-9]+ bytes: .+"):
         decode(BODIES[name])
+
+
+def test_an_image_that_is_not_of_the_size_that_it_said_is_corrupt():
+    data = encoded(RAMP, "PNG")
+    with pytest.raises(Corrupt, match=r"\(40, 30\) px, and not \(41, 30\)"):
+        pixels(data, replace(header(data), width=41))
 
 
 def test_real_photographs_decode(data_dir):

@@ -75,3 +75,11 @@ def take(stream, count):
         if len(found) == count:
             break
     return found
+
+
+def first_spec(stream):
+    """What the first batch is made of, once its shards are here."""
+    while (item := stream.ahead.next()) is None:
+        stream.ahead.foresee(frozenset())
+        stream.cache.wait(1.0)
+    return item
