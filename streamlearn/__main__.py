@@ -11,6 +11,7 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "up": ("streamlearn.cli.up", "up", "Run the whole loop on this machine."),
     "status": ("streamlearn.cli.status", "status", "What the loop is doing, once."),
     "report": ("streamlearn.cli.report", "report", "Write the report page."),
+    "train": ("streamlearn.cli.train", "train", "Order a learning rate, and branch off release candidates: lr, anneal."),
     "snapshots": ("streamlearn.cli.snapshots", "snapshots", "List, show, pull, verify, copy and export published models."),
     "probe": ("streamlearn.cli.probe", "probe", "Measure and compare snapshots: run, finetune, compare, matrix, drift."),
     "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),

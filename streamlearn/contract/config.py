@@ -260,6 +260,24 @@ class Config(Section):
                 raise ValueError(f"{what}: names must differ, got {seen}")
         return self
 
+    @model_validator(mode="after")
+    def _known_bank(self) -> Self:
+        names = [bank.name for bank in self.probe.banks]
+        if self.train.plateau.probe not in ("auto", "none", *names):
+            raise ValueError(
+                f"train.plateau.probe = {self.train.plateau.probe!r}: no bank of [[probe.banks]] has this name; there are: "
+                f"{', '.join(names) or 'none'}; 'auto' takes the first, 'none' leaves it to the loss"
+            )
+        return self
+
+    @property
+    def plateau_bank(self) -> str:
+        """The name of the bank whose error must be flat before the rate is halved; empty: none."""
+        wanted = self.train.plateau.probe
+        if wanted == "auto":
+            return self.probe.banks[0].name if self.probe.banks else ""
+        return "" if wanted == "none" else wanted
+
     @property
     def digest(self) -> str:
         """sha256 over the canonical JSON of the whole config."""

@@ -58,6 +58,9 @@ class PlateauConfig(Section):
     horizon_blocks: int = Field(default=48, ge=1)  # the gain is judged over this many blocks ahead
     delta: float = Field(default=0.003, gt=0)  # relative gain per horizon that is too small to wait for
     looks: int = Field(default=2, ge=1)  # consecutive looks that must agree
+    cycle_steps: int = Field(default=0, ge=0)  # steps in a cycle of the content that is known of, such as a day; 0: none
+    probe: str = "auto"  # a name of [[probe.banks]], whose error must be flat too; auto: the first, if there is one; none: the loss alone
+    probe_delta: float = Field(default=0.005, gt=0)  # relative gain in error per horizon that is too small to wait for
     floor: float = Field(default=1 / 64, gt=0, le=1)  # of the base rate
 
 

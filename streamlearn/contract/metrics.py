@@ -5,6 +5,7 @@ Classes take a registry, so importing registers nothing.  Labels are closed sets
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from streamlearn.contract.orders import ACTIONS
 from streamlearn.contract.shards import OUTCOMES
 
 STEPS = (
@@ -19,6 +20,9 @@ EVALUATED = (
     *("effective_rank", "rankme", "participation_ratio", "alpha_req", "uniformity", "alignment", "lidar"),
     *("code_entropy", "prototype_perplexity"),
 )  # label-free measures
+
+
+WAITS = ("probe", "floor", "hold")  # why a plateau of the loss does not halve the learning rate
 
 
 class ConnectMetrics:
@@ -69,6 +73,17 @@ class LearnerMetrics:
         self.loss = Gauge("learner_loss_nats", "Loss of the last step", registry=registry)
         self.lr = Gauge("learner_learning_rate", "Learning rate of the last step", registry=registry)
         self.halvings = Gauge("learner_learning_rate_halvings", "Halvings so far", registry=registry)
+        self.plateau = Gauge(
+            "learner_plateau_waiting",
+            "1: the loss is proved to be flat, and the rate is not halved, for this reason",
+            ["why"],
+            registry=registry,
+        )
+        for why in WAITS:
+            self.plateau.labels(why)
+        self.orders = Counter("learner_orders", "Orders about the learning rate that were taken", ["action"], registry=registry)
+        for action in ACTIONS:
+            self.orders.labels(action)
         self.grad_norm = Gauge("learner_gradient_norm", "Norm of the last gradient", registry=registry)
         self.code_entropy = Gauge("learner_code_entropy_ratio", "Mean entropy of the codes over ln K; 1 means collapse", registry=registry)
         self.perplexity = Gauge("learner_prototype_perplexity_ratio", "Perplexity of prototype use over K", registry=registry)

@@ -1,5 +1,7 @@
 """All that a crash must not lose, in one value."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,6 +33,7 @@ class TrainState:
     bad_in_a_row: int = 0
     stream: dict[str, Any] = field(default_factory=dict)  # where the stream stands, after the last batch taken
 
+    inputs: dict[str, Any] = field(default_factory=dict)  # how far what comes from outside was heeded (learn/inputs.py)
     origin: dict[str, Any] = field(default_factory=dict)  # what it began as (learn/warm.py); empty: random weights
 
     COUNTERS: ClassVar = ("step", "images", "fresh", "bad_steps", "bad_in_a_row", "stream")
@@ -43,7 +46,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
         }
-        return parts | {"origin": self.origin} | {name: getattr(self, name) for name in self.COUNTERS}
+        return parts | {"origin": self.origin, "inputs": self.inputs} | {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -51,7 +54,7 @@ class TrainState:
         self.objective.load_state_dict(saved["objective"])
         load_optimizer(self.optimizer, saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
-        self.origin = saved.get("origin", {})  # checkpoints of version 0.1 have none
+        self.origin, self.inputs = saved.get("origin", {}), saved.get("inputs", {})  # checkpoints of version 0.1 have neither
         for name in self.COUNTERS:
             setattr(self, name, saved[name])
 
@@ -67,5 +70,15 @@ def fresh_state(config: Config) -> TrainState:
     model.to(train.device)
     objective.to(train.device)
     optim = train.optim.for_batch(train.batch)
-    policy = HalveOnPlateau(optim, train.plateau)
+    policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
     return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy)
+
+
+def made_of(config: Config) -> str:
+    """A digest of what the loss is made of, besides the weights and the rate: with another, old losses say nothing about new ones."""
+    of_stream = config.stream.model_dump(mode="json", include={"crops", "jitter", "blur", "mean", "std", "fresh_fraction", "replay"})
+    of_train = config.train.model_dump(mode="json", include={"batch", "plateau", "optim"})
+    of_train["optim"].pop("lr")  # the policy knows it
+    of_model = [config.model.model_dump(mode="json"), config.objective.model_dump(mode="json")]
+    told = json.dumps([of_stream, of_train, *of_model], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
