@@ -32,6 +32,7 @@ TRIM = 20  # one twentieth of a block's losses is cut at each end: spikes say no
 SHIFT = 4.5  # |t| of a jump that is no accident, of the largest among PLACES
 SHIFTS = 6  # jumps in one fit, at most
 PLACES = 64  # of the window tried for a jump
+FEW = 12  # blocks: a window of fewer is too short to tell a jump from a slope
 CYCLES = 1.5  # cycles in the window
 MOST = 4096  # block means kept: then neighbours are merged, and a block is twice as many steps
 
@@ -138,15 +139,14 @@ def trend(y_M: Array, at_M: Array, horizon: float, *, cycle: float = 0.0, shifti
     if cycle:
         columns += [f(2 * math.pi * at_M / cycle) for f in (np.sin, np.cos)]
     shifts: list[int] = []
-    if shifting:
+    if shifting and m >= FEW:
         edge = max(4, m // 12)
         places = np.unique(np.linspace(edge, m - edge, min(PLACES, m - 2 * edge + 1)).astype(int))
         jumps_MP = (np.arange(m)[:, None] >= places[None]).astype(np.float64)
         while True:
-            t_P = _jumps(columns, y_M, jumps_MP)
-            best = int(np.abs(t_P).argmax())
-            proved = bool(abs(t_P[best]) > SHIFT) and len(shifts) < SHIFTS
-            best = best if proved else int(t_P.argmax())  # the last: the one upwards that is allowed for
+            z_P, proved = _jumps(columns, y_M, jumps_MP)
+            proved = proved and len(shifts) < SHIFTS
+            best = int(np.abs(z_P).argmax()) if proved else int(z_P.argmax())  # the last: the one upwards that is allowed for
             columns.append(jumps_MP[:, best])
             if not proved:
                 break
@@ -160,18 +160,19 @@ def trend(y_M: Array, at_M: Array, horizon: float, *, cycle: float = 0.0, shifti
     return Trend(-slope * scale, error * scale, tuple(sorted(shifts)))
 
 
-def _jumps(columns: list[Array], y_M: Array, jumps_MP: Array) -> Array:
-    """t of a jump at each place, were it to be added to the fit; 0 where the fit has it already."""
+def _jumps(columns: list[Array], y_M: Array, jumps_MP: Array) -> tuple[Array, bool]:
+    """How much of the residual a jump at each place would explain, with its sign; and whether the one that explains most is no accident."""
     q = np.linalg.qr(np.stack(columns, 1))[0]
     residual = y_M - q @ (q.T @ y_M)
     rest_MP = jumps_MP - q @ (q.T @ jumps_MP)
     norms = np.sqrt((rest_MP * rest_MP).sum(0))
-    deviation = math.sqrt(_variance(residual, len(columns)))
-    if deviation == 0:
-        return np.zeros(len(norms))
-    known = norms < 1e-6
-    t: Array = np.where(known, 0.0, (rest_MP.T @ residual) / np.where(known, 1.0, norms) / deviation)
-    return t
+    known = norms < 1e-6  # the fit has it already
+    rest_MP = rest_MP / np.where(known, np.inf, norms)
+    z_P: Array = rest_MP.T @ residual
+    best = int(np.abs(z_P).argmax())
+    # the noise is what is left with it: a large jump would else pass for noise of a large autocorrelation
+    deviation = math.sqrt(_variance(residual - z_P[best] * rest_MP[:, best], len(columns) + 1))
+    return z_P, bool(abs(z_P[best]) > SHIFT * deviation)
 
 
 def _variance(residual: Array, fitted: int) -> float:
