@@ -66,7 +66,10 @@ def lr(*, halve: bool, value: float | None, hold: bool, release: bool, reason: s
         click.echo(json.dumps(shown | {"orders": rows}, indent=2))
         return
     held, waits = ", held" if shown["lr_held"] else "", f", flat, but waits for: {shown['plateau_waits']}" if shown["plateau_waits"] else ""
-    click.echo(f"learning rate {shown['lr']} at step {shown['step']}, {shown['halvings']} halvings{held}{waits}")
+    if shown["step"] is None:
+        click.echo("no learner has said anything here yet")
+    else:
+        click.echo(f"learning rate {shown['lr']} at step {shown['step']}, {shown['halvings']} halvings{held}{waits}")
     table = Table("order", "what", "rate", "by", "at", "reason", "in force from step")
     for n, order, step in listed:
         cells = (

@@ -51,7 +51,7 @@ class OptimConfig(Section):
 
 
 class PlateauConfig(Section):
-    """Halve the rate when a plateau is proved (learn/lr_policy.py)."""
+    """Halve the rate when a plateau is proved (docs/learning-rate.md)."""
 
     block_steps: int = Field(default=50, ge=1)  # losses in one trimmed block mean
     min_blocks: int = Field(default=24, ge=4)  # in the window before it is judged
