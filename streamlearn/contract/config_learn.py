@@ -81,7 +81,9 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(default=3, ge=1)  # the newest
     snapshot_steps: int = Field(default=2000, ge=1)  # steps between snapshots
     bn_images: int = Field(default=512, ge=2)  # for re-estimating BatchNorm of the published EMA weights
-    max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
+    max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner goes back to a checkpoint
+    guard_looks: int = Field(default=5, ge=0)  # looks in a row, ten steps apart, at a collapsed model before it does; 0: it only says so
+    max_rollbacks: int = Field(default=3, ge=0)  # in a row, before the learner stops
     max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
     name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
     license: str = Field(default="Apache-2.0", min_length=1)  # of the published weights, as SPDX has it; likewise

@@ -24,6 +24,8 @@ EVALUATED = (
 
 WAITS = ("probe", "floor", "hold")  # why a plateau of the loss does not halve the learning rate
 
+SIGNS = ("loss", "codes", "rank", "spread", "prototypes")  # of collapse (learn/guard.py)
+
 
 class ConnectMetrics:
     def __init__(self, registry: CollectorRegistry):
@@ -89,6 +91,11 @@ class LearnerMetrics:
         self.perplexity = Gauge("learner_prototype_perplexity_ratio", "Perplexity of prototype use over K", registry=registry)
         self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
+        self.skipped = Counter("learner_skipped_steps", "Steps of a bad stretch, taken and not learnt after a rollback", registry=registry)
+        self.rollbacks = Counter("learner_rollbacks", "Times the learner went back to a sound checkpoint", registry=registry)
+        self.sign = Gauge("learner_collapse_sign", "1: this is a sign of collapse", ["measure"], registry=registry)
+        for measure in SIGNS:
+            self.sign.labels(measure)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
         self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
         self.batches_ahead = Gauge("learner_batches_ahead", "Batches made, or in the making, ahead of the learner", registry=registry)

@@ -122,6 +122,10 @@ class HalveOnPlateau:
             self.held = kind == "hold"
             self._say(step, "lr_held" if self.held else "lr_released", why="operator")
 
+    def retreat(self, step: int) -> None:
+        """After a collapse: this rate was too high, whatever the floor."""
+        self._halve(step, "rollback")
+
     def told(self) -> list[dict[str, Any]]:
         """What has happened since this was last asked, for the history: each with `event` and `step`."""
         events, self._events = self._events, []

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from streamlearn.contract.config import Config
-from streamlearn.contract.metrics import WAITS, LearnerMetrics
+from streamlearn.contract.metrics import SIGNS, WAITS, LearnerMetrics
 from streamlearn.contract.status import Heartbeat, now
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.losses import effective_rank
@@ -52,11 +52,15 @@ class Recorder:
         self.metrics.lr.set(step.rate)
         self.metrics.grad_norm.set(step.grad_norm)
         self.metrics.halvings.set(len(state.policy.halvings))
-        if step.sound:
+        if step.skipped:
+            self.metrics.skipped.inc()
+        elif step.sound:
             self.losses.append(step.prequential if math.isfinite(step.prequential) else step.loss)
         else:
             self.metrics.bad_steps.inc()
             self.heart.history(event="bad_step", step=state.step, loss=str(step.loss))
+        for sign in SIGNS:
+            self.metrics.sign.labels(sign).set(sign in state.guard.signs)
         self.rated(state)
         if state.step % RANK_EVERY == 0 and step.sound:
             self.rank = float(effective_rank(step.z_BD.cpu()))
@@ -131,6 +135,9 @@ class Recorder:
             "images": state.images,
             "fresh": state.fresh,
             "bad_steps": state.bad_steps,
+            "skipped_steps": state.skipped,
+            "rollbacks": len(state.rollbacks),
+            "collapse_signs": list(state.guard.signs),
         }
         known |= {
             "halvings": len(state.policy.halvings),
@@ -153,6 +160,10 @@ class Recorder:
         self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
         self.failures = checkpoints.failures
         self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
+
+    def withheld(self, state: TrainState) -> None:
+        logger.error("no snapshot of step %d: %s", state.step, ", ".join(state.guard.signs) or "the last steps were not finite")
+        self.heart.history(event="snapshot_withheld", step=state.step, signs=list(state.guard.signs))
 
     def published(self, state: TrainState, tag: str, digest: str) -> None:
         logger.info("published %s (%s)", tag, digest[:19])

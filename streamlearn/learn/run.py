@@ -24,8 +24,10 @@ from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.ema import calibrated
+from streamlearn.learn.guard import Ill
 from streamlearn.learn.inputs import Inputs, Sources
 from streamlearn.learn.recorder import Recorder
+from streamlearn.learn.rollback import roll_back
 from streamlearn.learn.seams import Publish, Stream
 from streamlearn.learn.state import TrainState, fresh_state
 from streamlearn.learn.trainer import Batch, Step, train
@@ -55,21 +57,26 @@ def run_train(
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
-    state = resume(config, checkpoints, heartbeat, warm)
-    stream = open_stream(state.stream or None)
-    recorder = Recorder(config, state, metrics, heartbeat, stream)
-    inputs = Inputs(store, state, sources) if sources is not None else None
-    learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery, inputs=inputs)
-    try:
-        if inputs is not None:
-            inputs.start()
-        learner.run()
-    finally:
-        stream.close()
-        if inputs is not None:
-            inputs.close()
-    return state
+    while True:
+        checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
+        state = resume(config, checkpoints, heartbeat, warm)
+        stream = open_stream(state.stream or None)
+        recorder = Recorder(config, state, metrics, heartbeat, stream)
+        inputs = Inputs(store, state, sources) if sources is not None else None
+        learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery, inputs=inputs)
+        try:
+            if inputs is not None:
+                inputs.start()
+            learner.run()
+            return state
+        except Ill as ill:
+            done = roll_back(config, checkpoints, ill)
+            metrics.rollbacks.inc()
+            heartbeat.history(event="rollback", **done)
+        finally:
+            stream.close()
+            if inputs is not None:
+                inputs.close()
 
 
 def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm: Callable[[], WarmStart] | None = None) -> TrainState:
@@ -118,7 +125,7 @@ class Learner:
         self.inputs = inputs
 
     def run(self) -> None:
-        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0:
+        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.state.sound:
             self.snapshot()  # the one that a kill may have prevented; else it is there already
         self.recorder.beat(self.state, "learning", force=True)
         try:
@@ -128,7 +135,7 @@ class Learner:
             self.checkpoints.wait()
         if self.state.step != self.checkpoints.last_step and self.state.step:
             self.recorder.beat(self.state, "stopping", force=True)
-            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True)
+            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True, sound=self.state.sound)
         self.recorder.checkpointed(self.checkpoints)
         logger.info("stopped at step %d", self.state.step)
 
@@ -151,10 +158,12 @@ class Learner:
         """A watcher: checkpoints and snapshots at their steps."""
         publish_now = state.step % self.config.train.snapshot_steps == 0
         if publish_now or state.step % self.config.train.checkpoint_steps == 0:
-            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now)
+            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now, sound=state.sound)
             self.recorder.checkpointed(self.checkpoints)
-        if publish_now:
+        if publish_now and state.sound:
             self.snapshot()
+        elif publish_now:
+            self.recorder.withheld(state)
 
     def snapshot(self) -> None:
         """Publish the averaged, calibrated weights of this very step; wait out a full store, or a registry that cannot be reached."""

@@ -10,6 +10,7 @@ import torch
 
 from streamlearn.contract.config import Config
 from streamlearn.learn.ema import Ema
+from streamlearn.learn.guard import Guard
 from streamlearn.learn.lr_policy import HalveOnPlateau
 from streamlearn.learn.model import Model
 from streamlearn.learn.objectives import SwAV, build_objective
@@ -26,17 +27,27 @@ class TrainState:
     objective: SwAV  # prototypes, queue, use: buffers
     optimizer: torch.optim.Optimizer
     policy: HalveOnPlateau
+    guard: Guard
     step: int = 0  # batches taken
     images: int = 0
     fresh: int = 0  # of them learnt for the first time
     bad_steps: int = 0  # batches whose loss or gradient was not finite: taken, not learnt
     bad_in_a_row: int = 0
+    skipped: int = 0  # batches of a bad stretch: likewise
+    skip_until: int = 0  # step up to which they are
+    rollbacks: list[list[Any]] = field(default_factory=list)  # [step gone back to, step it was found at, why]
     stream: dict[str, Any] = field(default_factory=dict)  # where the stream stands, after the last batch taken
 
     inputs: dict[str, Any] = field(default_factory=dict)  # how far what comes from outside was heeded (learn/inputs.py)
     origin: dict[str, Any] = field(default_factory=dict)  # what it began as (learn/warm.py); empty: random weights
 
     COUNTERS: ClassVar = ("step", "images", "fresh", "bad_steps", "bad_in_a_row", "stream")
+    LATER: ClassVar = ("origin", "inputs", "skipped", "skip_until", "rollbacks")  # checkpoints of version 0.1 have none of them
+
+    @property
+    def sound(self) -> bool:
+        """As far as is known: nothing is suspected of the last steps."""
+        return not self.bad_in_a_row and not self.guard.ill
 
     def state_dict(self) -> dict[str, Any]:
         parts = {
@@ -45,8 +56,9 @@ class TrainState:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
+            "guard": self.guard.state_dict(),
         }
-        return parts | {"origin": self.origin, "inputs": self.inputs} | {name: getattr(self, name) for name in self.COUNTERS}
+        return parts | {name: getattr(self, name) for name in (*self.LATER, *self.COUNTERS)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -54,7 +66,9 @@ class TrainState:
         self.objective.load_state_dict(saved["objective"])
         load_optimizer(self.optimizer, saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
-        self.origin, self.inputs = saved.get("origin", {}), saved.get("inputs", {})  # checkpoints of version 0.1 have neither
+        self.guard.load_state_dict(saved.get("guard", {}))
+        for name in self.LATER:
+            setattr(self, name, saved.get(name, getattr(self, name)))
         for name in self.COUNTERS:
             setattr(self, name, saved[name])
 
@@ -71,7 +85,8 @@ def fresh_state(config: Config) -> TrainState:
     objective.to(train.device)
     optim = train.optim.for_batch(train.batch)
     policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
-    return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy)
+    guard = Guard(config.objective.prototypes, train.guard_looks)
+    return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy, guard)
 
 
 def made_of(config: Config) -> str:
