@@ -67,7 +67,12 @@ class Checkpoints:
     def replace(self, state: dict[str, Any], step: int) -> None:
         """Make `state` the newest checkpoint, and forget those of `step` and after it.  Raises StoreFull."""
         self.wait()
-        self._write(_copy(state), step, True, [e for e in self._entries() if e["step"] < step])
+        known = self._entries()
+        self._write(_copy(state), step, True, [e for e in known if e["step"] < step])
+        listed = [e["key"] for e in self._entries()]
+        for entry in known:
+            if entry["key"] not in listed:
+                self.store.delete(entry["key"])
 
     def load(self, *, sound_at: int | None = None) -> dict[str, Any] | None:
         """The newest whole state, or the newest that was sound, up to step `sound_at`; None when there is none.  Raises Corrupt when all are

@@ -7,7 +7,7 @@
 
 Killed after   what is left                                      who mends it
   1, 2         nothing                                           the next start goes on from the newest checkpoint, and falls ill again
-  3            objects of the checkpoints that were forgotten    nobody needs to
+  3            objects of the checkpoints that were forgotten    nobody needs to; a rollback that is not killed deletes them
 
 A collapse is laid to the rate, and values that are not finite to the data, unless going back has not helped: the second time in a row the rate is halved
 for these too.  A row ends when a sound checkpoint lies clear of the stretch before it.  After `train.max_rollbacks` in a row the learner stops.

@@ -122,9 +122,12 @@ def test_without_a_word_of_the_probe_nothing_is_halved_and_that_is_said_once():
 
 def test_a_probe_of_before_the_last_halving_says_nothing_about_the_rate_of_now():
     p = probed()
+    for i in range(20):
+        p.probe(300 + i, 0.5)
+    assert p.confirmed()
     p.command("halve", None, 500)
     for i in range(20):
-        p.probe(400 - i, 0.5)
+        p.probe(400 + i, 0.5)
     assert p.probe_trend() is None
     for i in range(20):
         p.probe(600 + i, 0.5)

@@ -47,6 +47,16 @@ def test_a_jump_of_the_content_is_seen_and_does_not_change_the_slope(jump):
     assert abs(of(y).gain - found.gain) > 10 * found.doubt  # a line alone is fooled
 
 
+def test_a_shift_hidden_in_the_noise_hides_no_fall():
+    """The content gets harder by just what is learnt: a line alone calls it flat, mostly; with room for a jump it is not known well enough."""
+    jump = 0.025 * (np.arange(100) >= 50)
+    draws = [line(100, -0.006 * 3 / 48, noise=0.018, seed=seed) + jump for seed in range(50)]
+    assert sum(of(y).proves_less_than(0.003) for y in draws) > 25
+    allowed = [of(y, shifting=True) for y in draws]
+    assert sum(found.proves_less_than(0.003) for found in allowed) <= 2
+    assert sum(bool(found.shifts) for found in allowed) < 25  # hidden, that is
+
+
 def test_a_cycle_of_known_length_is_taken_out():
     t = np.arange(150)
     y = line(150, -0.002) + 0.1 * np.sin(2 * np.pi * t / 70 + 1)
