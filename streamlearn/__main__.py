@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
         "Published models: list, pull, verify, sign, copy, export, promote, roll back …",
     ),
     "serve": ("streamlearn.cli.serve", "serve", "Let others pull snapshots: OCI registry, Hugging Face Hub, a page."),
+    "train": ("streamlearn.cli.train", "train", "Order a learning rate, and branch off release candidates: lr, anneal."),
     "probe": ("streamlearn.cli.probe", "probe", "Measure and compare snapshots: run, finetune, compare, matrix, drift."),
     "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),
     "connectors": ("streamlearn.cli.connectors", "connectors", "List, validate, plan, start, pause and delete sources."),

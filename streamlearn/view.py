@@ -22,6 +22,7 @@ INGEST = (
 )
 TRAIN = (
     *("state", "step", "images", "fresh", "images_per_s", "loss", "lr", "halvings", "round", "cursor", "wait_share", "perplexity"),
+    *("lr_held", "plateau_waits", "skipped_steps", "rollbacks", "collapse_signs"),
     *("code_entropy", "effective_rank", "bad_steps", "last_snapshot", "last_checkpoint", "checkpoint_failures", "stream"),
     *("waiting", "waiting_since", "waiting_s", "waiting_at"),
 )
@@ -140,13 +141,19 @@ def _figures(view: Mapping[str, Any]) -> RenderableType:
             f"{train.get('step', 0):,}  (round {train.get('round', 0)})",
         ),
         ("", f"loss {number(train.get('loss'))}", "images", f"{train.get('images', 0):,}  ({train.get('fresh', 0):,} fresh)"),
-        ("", f"learning rate {number(train.get('lr'))}", "halvings", str(train.get("halvings", 0))),
+        ("", f"learning rate {number(train.get('lr'))}", "halvings", _halvings(train)),
         ("", f"waiting for data {train.get('wait_share', 0) or 0:.0%}", "effective rank", number(train.get("effective_rank"))),
         ("[bold]snapshot[/]", f"{snapshot.get('tag', '–')}", "digest", str(snapshot.get("digest", "–"))[7:19] or "–"),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _halvings(train: Mapping[str, Any]) -> str:
+    """And what keeps the next one from coming."""
+    waits = "held" if train.get("lr_held") else f"flat, waits: {train['plateau_waits']}" if train.get("plateau_waits") else ""
+    return f"{train.get('halvings', 0)}{'  · ' if waits else ''}{waits}"
 
 
 def _probes(view: Mapping[str, Any]) -> RenderableType:

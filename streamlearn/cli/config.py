@@ -1,4 +1,4 @@
-"""`streamlearn config`: show, check, schema."""
+"""`streamlearn config`: show, check, presets, schema."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import click
 
 from streamlearn.contract.config import Config
 from streamlearn.contract.config_file import load
+from streamlearn.contract.presets import PRESETS, preset
 
 
 @click.group()
@@ -19,9 +20,22 @@ _FILE = click.argument("file", required=False, type=click.Path(path_type=Path))
 
 @config.command()
 @_FILE
-def show(file: Path | None) -> None:
+@click.option("--preset", "name", help="On top of this preset, whatever the file names.")
+def show(file: Path | None, name: str | None) -> None:
     """The resolved configuration as JSON: the file (or the defaults) with STREAMLEARN__… overrides."""
-    click.echo(load(file).model_dump_json(indent=2))
+    click.echo(load(file, overrides={"preset": json.dumps(name)} if name else None).model_dump_json(indent=2))
+
+
+@config.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """The recipes by name; with NAME, every number of one and where it is from, as a configuration file would have it."""
+    if name:
+        click.echo(preset(name, where="streamlearn config presets").toml(), nl=False)
+        return
+    width = max(map(len, PRESETS))
+    for known in PRESETS.values():
+        click.echo(f"{known.name:{width}s}  {known.what}")
 
 
 @config.command()

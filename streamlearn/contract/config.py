@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
+from streamlearn.contract.config_learn import ModelConfig, ObjectiveConfig, OptimConfig, PlateauConfig, TrainConfig
 from streamlearn.contract.config_probe import BankConfig, ProbeConfig
 from streamlearn.contract.config_serve import ServeConfig
 from streamlearn.contract.config_snapshots import SnapshotsConfig
@@ -206,73 +207,6 @@ class DatasetConfig(Section):
     refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
 
 
-class ModelConfig(Section):
-    """Trunk and projection head."""
-
-    backbone: str = "regnety-400mf"  # learn.backbones knows the names
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, for images of 32-64 px
-    head: tuple[int, ...] = (2048, 128)  # hidden widths, then the embedding's
-    head_norm: Literal["bn", "none"] = "bn"  # between the head's layers
-
-
-class ObjectiveConfig(Section):
-    """SwAV."""
-
-    kind: Literal["swav"] = "swav"  # the objective
-    prototypes: int = Field(default=3000, ge=2)  # K; about ten times the concepts, at most batch + queue
-    temperature: float = Field(default=0.1, gt=0)  # of the predictions
-    epsilon: float = Field(default=0.05, ge=0.005)  # of the assignments; 0.01-0.015 for batches of about 128
-    sinkhorn_iterations: int = Field(default=3, ge=1)  # SEER: 10
-    queue: int = Field(default=0, ge=0)  # embeddings kept of past batches; for batches under ~1024
-    queue_start: int = Field(default=0, ge=0)  # step at which the queue is first used
-    freeze_prototypes: int = Field(default=313, ge=0)  # steps at the beginning
-
-
-class OptimConfig(Section):
-    """The optimizer."""
-
-    kind: Literal["lars", "sgd"] = "lars"  # lars for large batches, sgd for small ones
-    lr: float = Field(default=0.3, gt=0)  # after warm-up, for the batch as configured (no hidden scaling)
-    warmup_steps: int = Field(default=500, ge=0)  # linear, once
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # without Nesterov
-    weight_decay: float = Field(default=1e-6, ge=0)  # of every parameter, as SwAV has it
-    trust: float = Field(default=0.001, gt=0)  # lars
-
-
-class PlateauConfig(Section):
-    """Halve the rate when a plateau is proved (learn/lr_policy.py)."""
-
-    block_steps: int = Field(default=50, ge=1)  # losses in one trimmed block mean
-    min_blocks: int = Field(default=24, ge=4)  # in the window before it is judged
-    horizon_blocks: int = Field(default=48, ge=1)  # the gain is judged over this many blocks ahead
-    delta: float = Field(default=0.003, gt=0)  # relative gain per horizon that is too small to wait for
-    looks: int = Field(default=2, ge=1)  # consecutive looks that must agree
-    floor: float = Field(default=1 / 64, gt=0, le=1)  # of the base rate
-
-
-class TrainConfig(Section):
-    """The learner."""
-
-    seed: int = 0  # of the initial weights
-    init: str = ""  # a file of weights, such as a public SEER checkpoint, or a tag of this home's registry; empty: random weights
-    init_parts: Literal["trunk", "all"] = "trunk"  # of that file; all: projection head and prototypes too
-    batch: int = Field(default=64, ge=2)  # images in a step
-    threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
-    device: str = "cpu"  # as torch names it
-    optim: OptimConfig = OptimConfig()
-    plateau: PlateauConfig = PlateauConfig()
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # warmed up: min(decay, (1 + step) / (10 + step))
-    checkpoint_steps: int = Field(default=500, ge=1)  # steps between checkpoints
-    keep_checkpoints: int = Field(default=3, ge=1)  # the newest
-    snapshot_steps: int = Field(default=2000, ge=1)  # steps between snapshots
-    bn_images: int = Field(default=512, ge=2)  # for re-estimating BatchNorm of the published EMA weights
-    max_bad_steps: int = Field(default=20, ge=1)  # consecutive non-finite steps skipped before the learner stops
-    max_steps: int = Field(default=0, ge=0)  # 0: for ever.  Benchmarks and tests stop somewhere
-    name: str = Field(default="streamlearn", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")  # of the model, in registry and card
-    license: str = Field(default="Apache-2.0", min_length=1)  # of the published weights, as SPDX has it; likewise
-    source: str = ""  # URL of the code, likewise; empty: not said
-
-
 class DemoConfig(Section):
     """The image world of the quickstart."""
 
@@ -300,6 +234,7 @@ class SuperviseConfig(Section):
 class Config(Section):
     """The whole run.  Relative paths are relative to the file's folder."""
 
+    preset: str = ""  # whose values stand in for the defaults; `streamlearn config presets` names them.  Applied when the file is read
     home: str = ".streamlearn"  # the folder of all state; `--home` wins
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
     connectors: tuple[ConnectorConfig, ...] = ()
@@ -326,6 +261,24 @@ class Config(Section):
             if len(set(seen)) != len(seen):
                 raise ValueError(f"{what}: names must differ, got {seen}")
         return self
+
+    @model_validator(mode="after")
+    def _known_bank(self) -> Self:
+        names = [bank.name for bank in self.probe.banks]
+        if self.train.plateau.probe not in ("auto", "none", *names):
+            raise ValueError(
+                f"train.plateau.probe = {self.train.plateau.probe!r}: no bank of [[probe.banks]] has this name; there are: "
+                f"{', '.join(names) or 'none'}; 'auto' takes the first, 'none' leaves it to the loss"
+            )
+        return self
+
+    @property
+    def plateau_bank(self) -> str:
+        """The name of the bank whose error must be flat before the rate is halved; empty: none."""
+        wanted = self.train.plateau.probe
+        if wanted == "auto":
+            return self.probe.banks[0].name if self.probe.banks else ""
+        return "" if wanted == "none" else wanted
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
-"""Reading the configuration: one TOML file, environment overrides, validation.
+"""Reading the configuration: one TOML file, a preset beneath it, environment overrides, validation.
 
-`load()` reads the file, applies `STREAMLEARN__SECTION__KEY=value` overrides and validates.  Every complaint names the file
-(or variable), the key, the value and the remedy, and is raised before anything on disk is changed.
+`load()` reads the file, applies `STREAMLEARN__SECTION__KEY=value` overrides, puts the preset that is named underneath, and validates.
+Every complaint names the file (or variable), the key, the value and the remedy, and is raised before anything on disk is changed.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.presets import preset
 
 ENV_PREFIX = "STREAMLEARN__"
 Model = TypeVar("Model", bound=BaseModel)
@@ -30,11 +31,11 @@ def load(
 ) -> Config:
     """Read, override, validate.
 
-    `overrides` are `section.key=value` settings of the command line; they win over the environment, which wins over the file (or
-    over `base`, where there is no file).
+    `overrides` are `section.key=value` settings of the command line; they win over the environment, which wins over the file, which
+    wins over the preset that any of them names, which wins over `base` (for callers without a file).
     Raises ConfigError with file, key, value and remedy.
     """
-    raw: dict[str, Any] = base.model_dump(mode="json") if base else {}
+    raw: dict[str, Any] = {}
     where = str(path) if path else "defaults"
     if path is not None:
         try:
@@ -53,7 +54,19 @@ def load(
     for origin, keys, text in settings:
         _put(raw, keys, text, origin)
         origins[".".join(keys)] = origin
-    return validate(raw, where=where, origins=origins)
+    beneath: Mapping[str, Any] = base.model_dump(mode="json") if base else {}
+    if raw.get("preset"):
+        beneath = merged(beneath, preset(raw["preset"], where=origins.get("preset", where)).overlay())
+    return validate(merged(beneath, raw), where=where, origins=origins)
+
+
+def merged(beneath: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of both, key by key; what `above` says wins, and its lists stand whole."""
+    both = dict(beneath)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return both
 
 
 def validate(raw: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> Config:

@@ -5,6 +5,7 @@ Classes take a registry, so importing registers nothing.  Labels are closed sets
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from streamlearn.contract.orders import ACTIONS
 from streamlearn.contract.shards import OUTCOMES
 
 STEPS = (
@@ -22,6 +23,11 @@ EVALUATED = (
 PULLED_BY = ("oci", "hf")  # protocols
 PULLED_AS = ("candidate", "stable", "best", "version", "digest", "other")  # how a snapshot was named
 REFUSED_FOR = ("unauthorized", "forbidden", "unknown", "malformed", "read_only", "out_of_range")
+
+
+WAITS = ("probe", "floor", "hold")  # why a plateau of the loss does not halve the learning rate
+
+SIGNS = ("loss", "codes", "rank", "spread", "prototypes")  # of collapse (learn/guard.py)
 
 
 class ConnectMetrics:
@@ -72,11 +78,27 @@ class LearnerMetrics:
         self.loss = Gauge("learner_loss_nats", "Loss of the last step", registry=registry)
         self.lr = Gauge("learner_learning_rate", "Learning rate of the last step", registry=registry)
         self.halvings = Gauge("learner_learning_rate_halvings", "Halvings so far", registry=registry)
+        self.plateau = Gauge(
+            "learner_plateau_waiting",
+            "1: the loss is proved to be flat, and the rate is not halved, for this reason",
+            ["why"],
+            registry=registry,
+        )
+        for why in WAITS:
+            self.plateau.labels(why)
+        self.orders = Counter("learner_orders", "Orders about the learning rate that were taken", ["action"], registry=registry)
+        for action in ACTIONS:
+            self.orders.labels(action)
         self.grad_norm = Gauge("learner_gradient_norm", "Norm of the last gradient", registry=registry)
         self.code_entropy = Gauge("learner_code_entropy_ratio", "Mean entropy of the codes over ln K; 1 means collapse", registry=registry)
         self.perplexity = Gauge("learner_prototype_perplexity_ratio", "Perplexity of prototype use over K", registry=registry)
         self.rank = Gauge("learner_effective_rank", "Effective rank of the embeddings; near 1 means collapse", registry=registry)
         self.bad_steps = Counter("learner_nonfinite_steps", "Steps skipped because loss or gradient was not finite", registry=registry)
+        self.skipped = Counter("learner_skipped_steps", "Steps of a bad stretch, taken and not learnt after a rollback", registry=registry)
+        self.rollbacks = Counter("learner_rollbacks", "Times the learner went back to a sound checkpoint", registry=registry)
+        self.sign = Gauge("learner_collapse_sign", "1: this is a sign of collapse", ["measure"], registry=registry)
+        for measure in SIGNS:
+            self.sign.labels(measure)
         self.corrupt = Counter("learner_corrupt_samples", "Stored samples that could not be decoded", registry=registry)
         self.unseen = Gauge("learner_expired_unseen_samples", "Samples that expired before they were learnt", registry=registry)
         self.batches_ahead = Gauge("learner_batches_ahead", "Batches made, or in the making, ahead of the learner", registry=registry)

@@ -4,7 +4,7 @@
   2. pack     its bytes, and their digest                       (writer thread)
   3. put      checkpoints/<step:012d>-<sha256[:12]>.pt         object store
   4. put      checkpoints/latest.json, the newest K with their digests        <- THE COMMIT POINT
-  5. delete   the checkpoint that fell out of the newest K
+  5. delete   the checkpoint that fell out of the newest K, unless no newer one was sound when it was written
 
 Killed after   what is left                       who mends it
   1, 2         nothing
@@ -43,11 +43,14 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, state: dict[str, Any], step: int, *, wait: bool = False) -> None:
-        """Copy `state` and write it behind the training's back.  `wait`: return once it is committed or has failed."""
+    def save(self, state: dict[str, Any], step: int, *, wait: bool = False, sound: bool = True) -> None:
+        """Copy `state` and write it behind the training's back.  `wait`: return once it is committed or has failed.
+
+        `sound`: as far as is known; what is not is loaded like any other, but is nothing to go back to.
+        """
         self.wait()
         copied = _copy(state)
-        self._writer = threading.Thread(target=self._guarded, args=(copied, step), name="checkpoint-writer")
+        self._writer = threading.Thread(target=self._guarded, args=(copied, step, sound), name="checkpoint-writer")
         self._writer.start()
         if wait:
             self.wait()
@@ -61,9 +64,22 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest sound state; None when there never was one.  Raises Corrupt when all are damaged."""
+    def replace(self, state: dict[str, Any], step: int) -> None:
+        """Make `state` the newest checkpoint, and forget those of `step` and after it.  Raises StoreFull."""
+        self.wait()
+        known = self._entries()
+        self._write(_copy(state), step, True, [e for e in known if e["step"] < step])
+        listed = [e["key"] for e in self._entries()]
+        for entry in known:
+            if entry["key"] not in listed:
+                self.store.delete(entry["key"])
+
+    def load(self, *, sound_at: int | None = None) -> dict[str, Any] | None:
+        """The newest whole state, or the newest that was sound, up to step `sound_at`; None when there is none.  Raises Corrupt when all are
+        damaged."""
         entries, reasons = self._entries(), []
+        if sound_at is not None:
+            entries = [e for e in entries if e.get("sound", True) and e["step"] <= sound_at]
         for entry in entries:
             try:
                 state = self._read(entry)
@@ -79,28 +95,32 @@ class Checkpoints:
             )
         return None
 
-    def _guarded(self, state: dict[str, Any], step: int) -> None:
+    def _guarded(self, state: dict[str, Any], step: int, sound: bool) -> None:
         try:
-            self._write(state, step)
+            self._write(state, step, sound, self._entries())
         except StoreFull as e:
             self.failures += 1
             logger.error("checkpoint of step %d not written: %s", step, e)
         except BaseException as e:  # handed to the training thread by wait()
             self._error = e
 
-    def _write(self, state: dict[str, Any], step: int) -> None:
+    def _write(self, state: dict[str, Any], step: int, sound: bool, known: list[dict[str, Any]]) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
         sha256 = hashlib.sha256(data).hexdigest()
         key = f"checkpoints/{step:012d}-{sha256[:12]}.pt"
         self.store.put(key, data)
-        before = [e for e in self._entries() if e["key"] != key]
-        entries = [{"key": key, "sha256": sha256, "bytes": len(data), "step": step}, *before]
-        self.store.put(POINTER, json.dumps({"checkpoints": entries[: self.keep]}, indent=1).encode())
+        before = [e for e in known if e["key"] != key]
+        entries = [{"key": key, "sha256": sha256, "bytes": len(data), "step": step, "sound": sound}, *before]
+        kept, rest = entries[: self.keep], entries[self.keep :]
+        if not any(e.get("sound", True) for e in kept):
+            kept += [e for e in rest if e.get("sound", True)][:1]
+        self.store.put(POINTER, json.dumps({"checkpoints": kept}, indent=1).encode())
         self.last_step = step
-        for entry in entries[self.keep :]:
-            self.store.delete(entry["key"])
+        for entry in rest:
+            if entry not in kept:
+                self.store.delete(entry["key"])
 
     def _entries(self) -> list[dict[str, Any]]:
         try:

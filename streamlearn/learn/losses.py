@@ -6,6 +6,7 @@ Shapes, in the suffix of every tensor's name:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,34 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def sinkhorn(scores_NK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """Balanced soft assignments: every row sums to 1, every column to about N/K.
+def sinkhorn(scores_ANK: Tensor, *, epsilon: float, iterations: int, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Balanced soft assignments (...,N,K), for each leading index alone: every row sums to 1, every column to about N/K.
 
     Sinkhorn-Knopp of SwAV (arXiv:2006.09882, section 3.1), on logarithms and in float32: exp(1 / 0.0113) is already float32's
-    largest number, so the plain form overflows at the epsilon that small batches need, and in float16 at 0.05.
+    largest number, so the plain form overflows at the epsilon that small batches need, and in float16 at 0.05; VISSL's form, shifted
+    by the one largest score, stays finite, but a prototype far from every image underflows to nothing, and the codes are wrong.
+    The constants 1/N and 1/K of the marginals cancel and are left out.
+
+    `total` sums in place over the processes whose rows are assigned together; it is called once an iteration, with all of (...,1,K).
+    What it sums is exponentials in float64, not shifted by a maximum that would have to be agreed on first: with |score| <= 1 a prototype's
+    sum over images that are each normalised moves by less than exp(2 / epsilon + ln N) an iteration, and float64 holds that for
+    every epsilon from 0.003 on.
     """
-    N, K = scores_NK.shape
-    log_q_NK = scores_NK.float() / epsilon
+    logits_ANK = scores_ANK.float() / epsilon
+    work_ANK = torch.empty_like(logits_ANK)
     for _ in range(iterations):
-        log_q_NK = log_q_NK - log_q_NK.logsumexp(dim=0, keepdim=True) - math.log(K)  # a prototype holds 1/K
-        log_q_NK = log_q_NK - log_q_NK.logsumexp(dim=1, keepdim=True) - math.log(N)  # an image holds 1/N
-    return (log_q_NK + math.log(N)).exp()
+        own_A1K = _exp(logits_ANK, -2, work_ANK)[1]
+        logits_ANK.sub_(own_A1K if total is None else total(own_A1K.double().exp()).log().float())
+        sums_AN1, rows_AN1 = _exp(logits_ANK, -1, work_ANK)
+        logits_ANK.sub_(rows_AN1)
+    return work_ANK.div_(sums_AN1)
+
+
+def _exp(x: Tensor, dim: int, out: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` becomes exp(x - its largest along `dim`); the sums of that, at least 1, and ln of the sums of exp(x)."""
+    top = x.amax(dim, keepdim=True)
+    sums = torch.sub(x, top, out=out).exp_().sum(dim, keepdim=True)
+    return sums, top + sums.log()
 
 
 def swapped_prediction(scores_VBK: Tensor, codes_ABK: Tensor, *, temperature: float) -> Tensor:

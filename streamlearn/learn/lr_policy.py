@@ -1,24 +1,30 @@
 """The learning rate of a stream that never ends: warm-up once, constant, halved when a plateau is proved.
 
-SEER (arXiv:2103.01988, section 3) divides its rate by 2 when the loss stops falling; it names no test.  This is a growing-window slope
-test: block means of the prequential loss (the loss on fresh images before the update); the window is the newest half of everything
-since the last change; ordinary least squares, the slope's standard error inflated for the residuals' lag-one autocorrelation.
-The rate is halved when the slope is known well enough (standard error of the gain at most delta / 2) and even its 95 % upper
-bound promises less than `delta` relative gain per horizon, on `looks` looks in a row.  Never against an all-time best: streams drift
-upwards.
+SEER (arXiv:2103.01988, section 3) divides its rate by 2 when the loss stops falling; it names no test.  Here that takes
+
+1. a loss that is proved to be flat (plateau.py), and
+2. where a bank is configured, a probe that is proved to be flat too: the error on fixed, labelled images, over the snapshots since the last
+   change.  The content of the stream cannot fool it.  It is waited for as long as it takes, and that is said.
+
+Without a probe the loss must stay flat while the window grows by PATIENCE: cycles of the content pass for plateaus while they are longer than the
+window, so a longer window is the only other witness.
+
+The window restarts when the rate changes, when a generation is cut (refresh), when the drift watch finds that a source has changed, and when a run
+goes on with another configuration of what the loss is made of.  At the floor nothing is halved any more; that is an alert, not an end.
+An operator's word goes before all of it: `streamlearn train lr` (inputs.py).  Never against an all-time best: streams drift upwards.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from streamlearn.contract.config import OptimConfig, PlateauConfig
+from streamlearn.learn.plateau import Plateau, Trend, trend
 
-LOOK_EVERY = 6  # blocks between looks
-Z = 1.64  # one-sided 95 %
-TRIM = 20  # one twentieth of a block's losses is cut at each end: spikes say nothing about slope
+PATIENCE = 1.25  # growth of a window without a probe
+MIN_PROBES = 6  # snapshots in the window before the probe is judged
+MOST_PROBES = 400  # kept: then every other is forgotten
 
 
 class LrPolicy(Protocol):
@@ -33,66 +39,145 @@ class LrPolicy(Protocol):
 
 
 class HalveOnPlateau:
-    def __init__(self, optim: OptimConfig, plateau: PlateauConfig):
-        self.optim, self.config = optim, plateau
-        self.halvings: list[tuple[int, float]] = []  # (step, rate from then on)
-        self._block: list[float] = []
-        self._means: list[float] = []  # since the last change
-        self._agreed = 0
+    def __init__(self, optim: OptimConfig, plateau: PlateauConfig, *, probed: bool = False, made_of: str = ""):
+        """`probed`: a probe will be told of, and is waited for.  `made_of`: a digest of what the loss is made of."""
+        self.optim, self.config, self.probed, self.made_of = optim, plateau, probed, made_of
+        self.base = optim.lr  # the rate after warm-up and before `halved`
+        self.halved = 0  # since `base` was set
+        self.halvings: list[tuple[int, float]] = []  # (step, rate from then on): all there ever were
+        self.held = False  # by an operator
+        self.anneal: tuple[int, int] | None = None  # (first step, number of them): linear to zero; only on a branch
+        self.loss = Plateau(plateau)
+        self.probes: list[tuple[int, float]] = []  # (step, error) since the last change of the rate
+        self.changed_at = 0  # step of that
+        self.waits = ""  # "", or why a plateau of the loss that is proved does not halve the rate: probe, floor, hold
+        self._events: list[dict[str, Any]] = []  # not yet told; a kill may lose them, the state it cannot
 
     def rate(self, step: int) -> float:
         """Of the update that takes the learner from `step` to `step` + 1."""
         warm = min(1.0, (step + 1) / self.optim.warmup_steps) if self.optim.warmup_steps else 1.0
-        return self.optim.lr * warm * 0.5 ** len(self.halvings)
+        warm = self.optim.warmup_start + (1 - self.optim.warmup_start) * warm
+        rate = self.base * warm * 0.5**self.halved
+        if self.anneal is None:
+            return rate
+        first, steps = self.anneal
+        return rate * min(1.0, max(0.0, 1 - (step - first) / steps))
 
     @property
     def at_floor(self) -> bool:
-        return 0.5 ** (len(self.halvings) + 1) < self.config.floor
+        return self.base * 0.5 ** (self.halved + 1) < self.optim.lr * self.config.floor
 
     def observe(self, loss: float, step: int) -> bool:
-        if step < self.optim.warmup_steps:
+        if step < self.optim.warmup_steps or self.anneal is not None:
             return False  # the loss of a warm-up says nothing about a plateau
-        self._block.append(loss)
-        if len(self._block) < self.config.block_steps:
+        if not self.loss.observe(loss, looks=self.config.looks, patience=1.0 if self.probed else PATIENCE):
+            if self.waits and not self.loss.flat:
+                self.waits = ""
             return False
-        ordered = sorted(self._block)
-        cut = len(ordered) // TRIM
-        self._means.append(math.fsum(ordered[cut : len(ordered) - cut]) / (len(ordered) - 2 * cut))
-        self._block = []
-        if len(self._means) < 2 * self.config.min_blocks or len(self._means) % LOOK_EVERY:
+        waits = "hold" if self.held else "floor" if self.at_floor else "probe" if self.probed and not self.confirmed() else ""
+        if waits:
+            if waits != self.waits:
+                self._say(step + 1, "plateau", waits=waits)
+            self.waits = waits
             return False
-        self._agreed = self._agreed + 1 if self._flat() else 0
-        if self._agreed < self.config.looks or self.at_floor:
-            return False
-        self._means, self._agreed = [], 0
-        self.halvings.append((step + 1, self.optim.lr * 0.5 ** (len(self.halvings) + 1)))
+        self._halve(step + 1, "plateau")
         return True
 
-    def _flat(self) -> bool:
-        """Whether the gain of the next horizon is proved to be under delta."""
-        y = np.asarray(self._means[len(self._means) // 2 :])
-        m = len(y)
-        t = np.arange(m) - (m - 1) / 2
-        spread = float((t * t).sum())
-        slope = float((t * y).sum()) / spread
-        residual = y - y.mean() - slope * t
-        limit = 3 * 1.4826 * float(np.median(np.abs(residual)))
-        residual = np.clip(residual, -limit, limit)
-        power = float((residual * residual).sum())
-        rho = max(0.0, float((residual[1:] * residual[:-1]).sum()) / power) if power > 0 else 0.0
-        error = math.sqrt(power / (m - 2) / spread * (1 + rho) / (1 - min(rho, 0.9)))
-        scale = self.config.horizon_blocks / abs(float(y.mean()))
-        gain, doubt = -slope * scale, error * scale
-        return doubt <= self.config.delta / 2 and gain + Z * doubt < self.config.delta
+    def confirmed(self) -> bool:
+        """Whether the probe is proved to be flat as well."""
+        found = self.probe_trend()
+        return found is not None and found.proves_less_than(self.config.probe_delta)
+
+    def probe_trend(self) -> Trend | None:
+        """Of the error over the newest half of the snapshots, per horizon; None while they are too few."""
+        window = self.probes[len(self.probes) // 2 :]
+        if len(window) < MIN_PROBES:
+            return None
+        at, error = np.asarray(window, dtype=np.float64).T
+        return trend(error, at, self.config.horizon_blocks * self.config.block_steps)
+
+    def probe(self, step: int, error: float) -> None:
+        """The error (0-1) of the snapshot of `step` on the fixed bank."""
+        if step > max(self.changed_at, self.optim.warmup_steps) and all(step != known for known, _ in self.probes):
+            self.probes = sorted([*self.probes, (step, error)])
+        if len(self.probes) >= MOST_PROBES:
+            self.probes = self.probes[::-2][::-1]
+
+    def restart(self, step: int, why: str) -> None:
+        """The content has changed, not the rate: the loss is judged anew, the fixed probe goes on."""
+        self.loss.restart()
+        self.waits = ""
+        self._say(step, "window_restarted", why=why)
+
+    def command(self, kind: str, value: float | None, step: int) -> None:
+        """An operator's word: halve, set (to `value`), hold, release.  In force from `step` on, below the floor too."""
+        if kind == "halve":
+            self._halve(step, "operator")
+        elif kind == "set":
+            assert value is not None
+            self.base, self.halved = value, 0
+            self._changed(step)
+            self._say(step, "lr_set", why="operator", lr=value)
+        else:
+            self.held = kind == "hold"
+            self._say(step, "lr_held" if self.held else "lr_released", why="operator")
+
+    def retreat(self, step: int) -> None:
+        """After a collapse: this rate was too high, whatever the floor."""
+        self._halve(step, "rollback")
+
+    def told(self) -> list[dict[str, Any]]:
+        """What has happened since this was last asked, for the history: each with `event` and `step`."""
+        events, self._events = self._events, []
+        return events
+
+    def _halve(self, step: int, why: str) -> None:
+        found = self.loss.trend
+        reasons = {} if found is None else {"gain": round(found.gain, 6), "doubt": round(found.doubt, 6)}
+        self.halved += 1
+        rate = self.base * 0.5**self.halved
+        self.halvings.append((step, rate))
+        self._changed(step)
+        self._say(step, "halved", why=why, lr=rate, **reasons)
+
+    def _changed(self, step: int) -> None:
+        self.loss.restart()
+        self.probes, self.changed_at, self.waits = [], step, ""
+
+    def _say(self, step: int, event: str, **more: Any) -> None:
+        self._events.append({"event": event, "step": step, **more})
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "halvings": [list(h) for h in self.halvings],
-            "block": list(self._block),
-            "means": list(self._means),
-            "agreed": self._agreed,
+            "base": self.base,
+            "halved": self.halved,
+            "configured": self.optim.lr,
+            "made_of": self.made_of,
+            "held": self.held,
+            "anneal": None if self.anneal is None else list(self.anneal),
+            "probes": [list(p) for p in self.probes],
+            "changed_at": self.changed_at,
+            "waits": self.waits,
+            **self.loss.state_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Another rate in the configuration than the one that was saved is an operator's word too: its halvings stay, what `--set` said goes."""
         self.halvings = [(int(step), float(rate)) for step, rate in saved["halvings"]]
-        self._block, self._means, self._agreed = list(saved["block"]), list(saved["means"]), int(saved["agreed"])
+        self.base, self.halved = saved.get("base", self.optim.lr), saved.get("halved", len(self.halvings))  # version 0.1 has neither
+        self.held, self.waits = saved.get("held", False), saved.get("waits", "")
+        self.anneal = None if saved.get("anneal") is None else (saved["anneal"][0], saved["anneal"][1])
+        self.probes = [(int(step), float(error)) for step, error in saved.get("probes", [])]
+        self.changed_at = saved.get("changed_at", self.halvings[-1][0] if self.halvings else 0)
+        self.loss.load_state_dict(saved)
+
+    def reconfigured(self, saved: Mapping[str, Any], step: int) -> None:
+        """After a load: what the configuration says otherwise than the one that was saved."""
+        if saved.get("configured", self.optim.lr) != self.optim.lr:
+            self.base, self.halved = self.optim.lr, len(self.halvings)
+            self._changed(step)
+            self._say(step, "window_restarted", why="train.optim.lr has changed", lr=self.rate(step))
+        elif saved.get("made_of", self.made_of) != self.made_of:
+            self._changed(step)
+            self._say(step, "window_restarted", why="the configuration of what the loss is made of has changed")

@@ -31,6 +31,8 @@ class Model(nn.Module):
             width = size
         self.head = nn.Sequential(*layers, nn.Linear(width, out))
         self.embedding = out
+        # whether a view's embedding is the same without the views of other resolutions: the head sees all of them together
+        self.views_apart = config.head_norm == "none" or len(config.head) == 1
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """crops: one (V_r,B,3,S_r,S_r) a resolution -> (V,B,D), unit length, V over all resolutions in order."""

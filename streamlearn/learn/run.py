@@ -6,12 +6,11 @@ the two publishes it when it comes back (the same state gives the same bytes, so
 
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,48 +21,21 @@ from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.export import Export, WarmStart
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
-from streamlearn.contract.status import Heartbeat, now
+from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.ema import calibrated
-from streamlearn.learn.losses import effective_rank
+from streamlearn.learn.guard import Ill
+from streamlearn.learn.inputs import Inputs, Sources
+from streamlearn.learn.recorder import Recorder
+from streamlearn.learn.rollback import roll_back
+from streamlearn.learn.seams import Publish, Stream
 from streamlearn.learn.state import TrainState, fresh_state
 from streamlearn.learn.trainer import Batch, Step, train
 from streamlearn.learn.warm import told, warm_start
 
-RECORD_EVERY = 10  # steps between lines of history
-RANK_EVERY = 50  # steps between looks at the effective rank
 GALLERY = (8, 8)  # prototypes, images of each
 FULL_LIMIT_S = 3600.0  # a store that stays full this long ends the role; everything up to the last checkpoint is safe
 logger = logging.getLogger(__name__)
-
-
-class Stream(Protocol):
-    """What the learner asks of the stream besides batches."""
-
-    def batches(self) -> Iterator["Timed | None"]:
-        """Batches in their order; None whenever there is nothing to learn yet, or the store has to be waited for."""
-
-    def sample(self, state: dict[str, Any], count: int) -> list[str]:
-        """References of images learnt so far: a pure function of `state`."""
-
-    def eval_images(self, refs: list[str], size: int) -> Tensor:
-        """(N,3,size,size) normalised, centre-cropped; N can be less than len(refs) where images have vanished.  Raises Retryable."""
-
-    def counters(self) -> dict[str, int]: ...
-    def waiting(self) -> dict[str, Any]:
-        """For the heartbeat: `waiting`, what for, in words, empty if for nothing; `waiting_s` and more."""
-
-    def close(self) -> None: ...
-
-
-class Timed(Batch, Protocol):
-    @property
-    def wait_s(self) -> float: ...
-
-
-class Publish(Protocol):
-    def __call__(self, export: Export, /) -> tuple[str, str]:
-        """(tag, digest); publishing the same Export again is harmless."""
 
 
 def run_train(
@@ -77,20 +49,34 @@ def run_train(
     stop: threading.Event,
     gallery: Path | None = None,
     warm: Callable[[], WarmStart] | None = None,
+    sources: Sources | None = None,
 ) -> TrainState:
-    """Learn until `stop` or `train.max_steps`; the state it ended with.  `warm` is asked only where there is no checkpoint."""
+    """Learn until `stop` or `train.max_steps`; the state it ended with.  `warm` is asked only where there is no checkpoint.
+
+    `sources`: of what it heeds from outside (inputs.py); None: nothing, orders neither.
+    """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
-    state = resume(config, checkpoints, heartbeat, warm)
-    stream = open_stream(state.stream or None)
-    recorder = Recorder(config, state, metrics, heartbeat, stream)
-    learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery)
-    try:
-        learner.run()
-    finally:
-        stream.close()
-    return state
+    while True:
+        checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
+        state = resume(config, checkpoints, heartbeat, warm)
+        stream = open_stream(state.stream or None)
+        recorder = Recorder(config, state, metrics, heartbeat, stream)
+        inputs = Inputs(store, state, sources) if sources is not None else None
+        learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery, inputs=inputs)
+        try:
+            if inputs is not None:
+                inputs.start()
+            learner.run()
+            return state
+        except Ill as ill:
+            done = roll_back(config, checkpoints, ill)
+            metrics.rollbacks.inc()
+            heartbeat.history(event="rollback", **done)
+        finally:
+            stream.close()
+            if inputs is not None:
+                inputs.close()
 
 
 def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm: Callable[[], WarmStart] | None = None) -> TrainState:
@@ -106,6 +92,7 @@ def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm:
         return state
     try:
         state.load_state_dict(saved)
+        state.policy.reconfigured(saved["policy"], state.step)
     except (RuntimeError, ValueError, KeyError) as e:
         first = str(e).splitlines()[0]
         raise ConfigError(
@@ -131,21 +118,24 @@ class Learner:
         recorder: "Recorder",
         stop: threading.Event,
         gallery: Path | None,
+        inputs: Inputs | None = None,
     ):
         self.config, self.state, self.stream, self.checkpoints = config, state, stream, checkpoints
         self.publish, self.recorder, self.stop, self.gallery = publish, recorder, stop, gallery
+        self.inputs = inputs
 
     def run(self) -> None:
-        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0:
+        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.state.sound:
             self.snapshot()  # the one that a kill may have prevented; else it is there already
         self.recorder.beat(self.state, "learning", force=True)
         try:
-            train(self.state, self.batches(), [self.recorder.look, self.save], max_bad=self.config.train.max_bad_steps)
+            limits = {"max_bad": self.config.train.max_bad_steps, "micro_batch": self.config.train.micro_batch}
+            train(self.state, self.batches(), [self.recorder.look, self.save], **limits)
         finally:
             self.checkpoints.wait()
         if self.state.step != self.checkpoints.last_step and self.state.step:
             self.recorder.beat(self.state, "stopping", force=True)
-            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True)
+            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True, sound=self.state.sound)
         self.recorder.checkpointed(self.checkpoints)
         logger.info("stopped at step %d", self.state.step)
 
@@ -158,6 +148,8 @@ class Learner:
                 self.recorder.waits(self.state)
                 continue
             self.recorder.waited(batch.wait_s)
+            if self.inputs is not None:
+                self.recorder.took(self.inputs.take(self.state))
             yield batch
             if limit and self.state.step >= limit:
                 return
@@ -166,10 +158,12 @@ class Learner:
         """A watcher: checkpoints and snapshots at their steps."""
         publish_now = state.step % self.config.train.snapshot_steps == 0
         if publish_now or state.step % self.config.train.checkpoint_steps == 0:
-            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now)
+            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now, sound=state.sound)
             self.recorder.checkpointed(self.checkpoints)
-        if publish_now:
+        if publish_now and state.sound:
             self.snapshot()
+        elif publish_now:
+            self.recorder.withheld(state)
 
     def snapshot(self) -> None:
         """Publish the averaged, calibrated weights of this very step; wait out a full store, or a registry that cannot be reached."""
@@ -255,129 +249,3 @@ class Learner:
             best = scores_NK[:, k].topk(min(GALLERY[1], len(refs), len(scores_NK))).indices
             prototypes.append({"id": k, "use": int(use[k]), "refs": [refs[i] for i in best.tolist()]})
         durable.write(self.gallery, json.dumps({"step": self.state.step, "prototypes": prototypes}).encode())
-
-
-class Recorder:
-    """Watches and tells: metrics, heartbeat, history."""
-
-    def __init__(self, config: Config, state: TrainState, metrics: LearnerMetrics, heartbeat: Heartbeat, stream: Stream):
-        self.config, self.metrics, self.heart, self.stream = config, metrics, heartbeat, stream
-        self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), -1
-        self.handed = time.monotonic()  # when the batch at hand was handed over
-        self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
-        self.losses: list[float] = []
-        self.rank = math.nan
-        self.failures = 0  # told to the metrics so far
-        self.told: dict[str, int] = {}  # likewise, of the stream's counters
-        self.committed = -1  # step of the newest checkpoint
-
-    def waited(self, seconds: float) -> None:
-        self.wait_s += seconds
-        self.handed = time.monotonic()
-        self.metrics.wait_seconds.inc(seconds)
-
-    def look(self, state: TrainState, step: Step) -> None:
-        if self.images_before < 0:
-            self.images_before, self.began = state.images, time.monotonic()
-        self.metrics.step_seconds.observe(time.monotonic() - self.handed)
-        fresh, seen = state.fresh - self.fresh, state.images - self.images
-        self.images, self.fresh = state.images, state.fresh
-        self.metrics.images.labels("fresh").inc(fresh)
-        self.metrics.images.labels("replay").inc(seen - fresh)
-        self.metrics.steps.inc()
-        self.metrics.step.set(state.step)
-        self.metrics.loss.set(step.loss)
-        self.metrics.lr.set(step.rate)
-        self.metrics.grad_norm.set(step.grad_norm)
-        self.metrics.halvings.set(len(state.policy.halvings))
-        if step.sound:
-            self.losses.append(step.prequential if math.isfinite(step.prequential) else step.loss)
-        else:
-            self.metrics.bad_steps.inc()
-            self.heart.history(event="bad_step", step=state.step, loss=str(step.loss))
-        if step.halved:
-            logger.info("plateau proved at step %d: learning rate halved to %g", state.step, state.policy.rate(state.step))
-            self.heart.history(event="halved", step=state.step, lr=state.policy.rate(state.step))
-        if state.step % RANK_EVERY == 0 and step.sound:
-            self.rank = float(effective_rank(step.z_BD.cpu()))
-            self.metrics.rank.set(self.rank)
-        if state.step % RECORD_EVERY == 0:
-            self._record(state, step)
-        self.beat(state, "learning", loss=step.loss if math.isfinite(step.loss) else None, lr=step.rate)
-
-    def _record(self, state: TrainState, step: Step) -> None:
-        measures = state.objective.measures()
-        self.metrics.code_entropy.set(measures["code_entropy"])
-        self.metrics.perplexity.set(measures["perplexity"])
-        mean = sum(self.losses) / len(self.losses) if self.losses else None
-        self.losses.clear()
-        rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
-        norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
-        self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
-        counters = self._stream()
-        spent = time.monotonic() - self.began
-        self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))
-        self.heart.beat(wait_share=round(self.wait_s / max(spent, 1e-9), 3), stream=counters, **rounded)
-        self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), state.images
-
-    def _stream(self) -> dict[str, int]:
-        """The stream's counters, told to the metrics."""
-        m, counters = self.metrics, self.stream.counters()
-        for name, counter in (
-            ("corrupt", m.corrupt),
-            ("downloads", m.downloads),
-            ("download_bytes", m.download_bytes),
-            ("failures", m.stream_failures),
-            ("cache_hits", m.cache_hits),
-            ("cache_evictions", m.cache_evictions),
-        ):
-            counter.inc(counters.get(name, 0) - self.told.get(name, 0))
-        for name, gauge in (
-            ("expired_unseen", m.unseen),
-            ("batches_ahead", m.batches_ahead),
-            ("shards_ahead", m.shards_ahead),
-            ("cache_bytes", m.cache_bytes),
-        ):
-            gauge.set(counters.get(name, 0))
-        self.told = counters
-        return counters
-
-    def waits(self, state: TrainState) -> None:
-        """There is no batch, for want of images, or of a store."""
-        self.beat(state, "waiting", stream=self._stream())
-
-    def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
-        self.metrics.heartbeat.set_to_current_time()
-        known: dict[str, Any] = {
-            "state": what,
-            "step": state.step,
-            "images": state.images,
-            "fresh": state.fresh,
-            "bad_steps": state.bad_steps,
-        }
-        known |= {
-            "halvings": len(state.policy.halvings),
-            "cursor": state.stream.get("cursor", {}),
-            "round": state.stream.get("round", 0),
-        }
-        known |= self.stream.waiting()
-        self.metrics.waiting.set(known["waiting_s"])
-        if math.isfinite(self.rank):
-            known["effective_rank"] = round(self.rank, 2)
-        self.heart.beat(force=force, **known, **more)
-
-    def checkpointed(self, checkpoints: Checkpoints) -> None:
-        """What is committed by now; the newest may still be on its way to the store."""
-        if checkpoints.last_step != self.committed:
-            self.committed = checkpoints.last_step
-            self.metrics.checkpoints.inc()
-        self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
-        self.failures = checkpoints.failures
-        self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
-
-    def published(self, state: TrainState, tag: str, digest: str) -> None:
-        logger.info("published %s (%s)", tag, digest[:19])
-        self.metrics.snapshots.inc()
-        self.metrics.snapshot_at.set_to_current_time()
-        self.heart.history(event="snapshot", step=state.step, tag=tag, digest=digest)
-        self.beat(state, "learning", force=True, last_snapshot={"tag": tag, "digest": digest, "step": state.step, "at": now()})

@@ -1,5 +1,7 @@
 """All that a crash must not lose, in one value."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -8,10 +10,12 @@ import torch
 
 from streamlearn.contract.config import Config
 from streamlearn.learn.ema import Ema
+from streamlearn.learn.guard import Guard
 from streamlearn.learn.lr_policy import HalveOnPlateau
 from streamlearn.learn.model import Model
-from streamlearn.learn.objectives import SwAV, build_objective, parameters_of
-from streamlearn.learn.optim import build_optimizer
+from streamlearn.learn.objectives import SwAV, build_objective
+from streamlearn.learn.optim import build_optimizer, load_optimizer
+from streamlearn.learn.ranks import joined
 
 
 @dataclass
@@ -23,16 +27,27 @@ class TrainState:
     objective: SwAV  # prototypes, queue, use: buffers
     optimizer: torch.optim.Optimizer
     policy: HalveOnPlateau
+    guard: Guard
     step: int = 0  # batches taken
     images: int = 0
     fresh: int = 0  # of them learnt for the first time
     bad_steps: int = 0  # batches whose loss or gradient was not finite: taken, not learnt
     bad_in_a_row: int = 0
+    skipped: int = 0  # batches of a bad stretch: likewise
+    skip_until: int = 0  # step up to which they are
+    rollbacks: list[list[Any]] = field(default_factory=list)  # [step gone back to, step it was found at, why]
     stream: dict[str, Any] = field(default_factory=dict)  # where the stream stands, after the last batch taken
 
+    inputs: dict[str, Any] = field(default_factory=dict)  # how far what comes from outside was heeded (learn/inputs.py)
     origin: dict[str, Any] = field(default_factory=dict)  # what it began as (learn/warm.py); empty: random weights
 
     COUNTERS: ClassVar = ("step", "images", "fresh", "bad_steps", "bad_in_a_row", "stream")
+    LATER: ClassVar = ("origin", "inputs", "skipped", "skip_until", "rollbacks")  # checkpoints of version 0.1 have none of them
+
+    @property
+    def sound(self) -> bool:
+        """As far as is known: nothing is suspected of the last steps."""
+        return not self.bad_in_a_row and not self.guard.ill
 
     def state_dict(self) -> dict[str, Any]:
         parts = {
@@ -41,28 +56,44 @@ class TrainState:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "policy": self.policy.state_dict(),
+            "guard": self.guard.state_dict(),
         }
-        return parts | {"origin": self.origin} | {name: getattr(self, name) for name in self.COUNTERS}
+        return parts | {name: getattr(self, name) for name in (*self.LATER, *self.COUNTERS)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.ema.model.load_state_dict(saved["ema"])
         self.objective.load_state_dict(saved["objective"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
-        self.origin = saved.get("origin", {})  # checkpoints of version 0.1 have none
+        self.guard.load_state_dict(saved.get("guard", {}))
+        for name in self.LATER:
+            setattr(self, name, saved.get(name, getattr(self, name)))
         for name in self.COUNTERS:
             setattr(self, name, saved[name])
 
 
 def fresh_state(config: Config) -> TrainState:
-    """Step 0, from `train.seed` alone."""
+    """Step 0, from `train.seed` alone: the same on every rank.  A collective where torch.distributed is initialised."""
+    train, ranks = config.train, joined(config.objective.assign_ranks)
+    assign = config.stream.crops[0].count
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(train.seed)
         model = Model(config.model)
-        objective = build_objective(config.objective, model.embedding)
-    model.to(config.train.device)
-    objective.to(config.train.device)
-    optimizer = build_optimizer(config.train.optim, parameters_of(model, objective))
-    policy = HalveOnPlateau(config.train.optim, config.train.plateau)
-    return TrainState(model, Ema(model, config.train.ema_decay), objective, optimizer, policy)
+        objective = build_objective(config.objective, model.embedding, assign=assign, batch=train.batch, ranks=ranks)
+    model.to(train.device)
+    objective.to(train.device)
+    optim = train.optim.for_batch(train.batch)
+    policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
+    guard = Guard(config.objective.prototypes, train.guard_looks)
+    return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy, guard)
+
+
+def made_of(config: Config) -> str:
+    """A digest of what the loss is made of, besides the weights and the rate: with another, old losses say nothing about new ones."""
+    of_stream = config.stream.model_dump(mode="json", include={"crops", "jitter", "blur", "mean", "std", "fresh_fraction", "replay"})
+    of_train = config.train.model_dump(mode="json", include={"batch", "plateau", "optim"})
+    of_train["optim"].pop("lr")  # the policy knows it
+    of_model = [config.model.model_dump(mode="json"), config.objective.model_dump(mode="json")]
+    told = json.dumps([of_stream, of_train, *of_model], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()

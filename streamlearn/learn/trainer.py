@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamlearn.contract.errors import StreamlearnError
+from streamlearn.learn.accumulate import backward
+from streamlearn.learn.guard import LOOK_EVERY, Ill
 from streamlearn.learn.objectives import parameters_of
 from streamlearn.learn.state import TrainState
 
@@ -42,27 +43,28 @@ class Step:
     sound: bool
     halved: bool
     z_BD: Tensor  # embeddings of the first view
+    skipped: bool = False  # not learnt, for it is of a bad stretch
 
 
 Watcher = Callable[[TrainState, Step], None]  # looks, never touches
 
 
-class NonFinite(StreamlearnError):
+class NonFinite(Ill):
     """Too many steps in a row were not finite: the weights or the input are beyond what skipping can mend."""
 
 
-def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20) -> None:
-    """Learn from `batches` until they end.  All that changes is in `state`."""
+def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watcher], *, max_bad: int = 20, micro_batch: int = 0) -> None:
+    """Learn from `batches` until they end, `micro_batch` images at a time (0: all).  All that changes is in `state`."""
     parameters = parameters_of(state.model, state.objective)
     for batch in batches:
+        if state.step < state.skip_until:
+            skip(state, batch, watchers)
+            continue
         rate = state.policy.rate(state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        device = parameters[0].device
-        z_VBD = state.model([crop.to(device, non_blocking=True) for crop in batch.crops])
-        loss, loss_B = state.objective.loss(z_VBD, state.step, len(batch.crops[0]))
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, loss_B, z_VBD = backward(state.model, state.objective, batch.crops, state.step, part=micro_batch)
         state.objective.before_step(state.step)  # frozen prototypes lose their gradient here
         norm = gradient_norm(parameters)
         sound = bool(torch.isfinite(loss + norm))  # one look, before anything moves
@@ -78,12 +80,34 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
             prequential = float("nan")
             state.ema.undo_buffers(state.model)
         # the mean direction of the assigning views; the stream keeps a moving average of it (MinRed)
-        features_BD = F.normalize(z_VBD.detach()[: len(batch.crops[0])].sum(0), dim=-1)
+        features_BD = F.normalize(z_VBD[: len(batch.crops[0])].sum(0), dim=-1)
         state.stream = batch.taken(features_BD if sound else None)
         count(state, batch, sound, max_bad)
-        step = Step(float(loss.detach()), prequential, float(norm), rate, sound, halved, z_VBD[0].detach())
+        if sound:
+            watch(state, float(loss), z_VBD[0])
+        step = Step(float(loss), prequential, float(norm), rate, sound, halved, z_VBD[0])
         for look in watchers:
             look(state, step)
+
+
+def skip(state: TrainState, batch: Batch, watchers: Sequence[Watcher]) -> None:
+    """Take a batch of a bad stretch (rollback.py): the place in the stream and the count move on, and nothing else."""
+    state.stream = batch.taken(None)
+    state.step += 1
+    state.skipped += 1
+    nan = float("nan")
+    step = Step(nan, nan, nan, state.policy.rate(state.step - 1), False, False, torch.empty(0, 0), skipped=True)
+    for look in watchers:
+        look(state, step)
+
+
+def watch(state: TrainState, loss: float, z_BD: Tensor) -> None:
+    """Raises Collapsed."""
+    try:
+        state.guard.observe(loss, z_BD, state.objective.measures() if state.guard.due else None)
+    except Ill as e:
+        e.step, e.since = state.step, max(0, state.step - state.guard.ill * LOOK_EVERY)
+        raise
 
 
 def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
@@ -96,10 +120,9 @@ def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
     if not sound:
         logger.error("step %d skipped: loss or gradient not finite (%d in a row)", state.step, state.bad_in_a_row)
     if state.bad_in_a_row >= max_bad:
-        raise NonFinite(
-            f"step {state.step}: {max_bad} steps in a row were not finite. Lower train.optim.lr, or raise objective.epsilon; "
-            "the last checkpoint is sound, and a restart goes back to it"
-        )
+        ill = NonFinite(f"{max_bad} steps in a row were not finite. Lower train.optim.lr, or raise objective.epsilon")
+        ill.step = ill.since = state.step  # bad steps leave the weights alone
+        raise ill
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:

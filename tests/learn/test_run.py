@@ -152,3 +152,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_remedy(tmp_path):
     other = other.model_copy(update={"objective": other.objective.model_copy(update={"prototypes": 7})})
     with pytest.raises(ConfigError, match=r"the checkpoint of step 2 does not fit .*new home"):
         learn(tmp_path, 3, Shelf(), other)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_with_the_remedy(tmp_path):
+    learn(tmp_path, 2, Shelf())
+    other = small_config(max_steps=3)
+    optim = other.train.optim.model_copy(update={"kind": "sgd"})
+    other = other.model_copy(update={"train": other.train.model_copy(update={"optim": optim})})
+    with pytest.raises(
+        ConfigError, match=r"the checkpoint of step 2 does not fit .*train.optim.kind = 'lars', here it is 'sgd'; set them back"
+    ):
+        learn(tmp_path, 3, Shelf(), other)

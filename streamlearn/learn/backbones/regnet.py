@@ -56,6 +56,7 @@ REGNETY = {
     "regnety-64gf": quantised(20, 352, 147.48, 2.4, 328),
     "regnety-128gf": quantised(27, 456, 160.83, 2.52, 264),
     "regnety-256gf": quantised(27, 640, 230.83, 2.53, 373),
+    "regnety-10b": quantised(27, 1744, 620.83, 2.52, 1010),
 }
 
 

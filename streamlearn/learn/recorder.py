@@ -1,0 +1,173 @@
+"""What the learner says of itself: metrics, heartbeat, history.  It looks and never touches."""
+
+import logging
+import math
+import time
+from typing import Any
+
+from streamlearn.contract.config import Config
+from streamlearn.contract.metrics import SIGNS, WAITS, LearnerMetrics
+from streamlearn.contract.status import Heartbeat, now
+from streamlearn.learn.checkpoint import Checkpoints
+from streamlearn.learn.losses import effective_rank
+from streamlearn.learn.seams import Stream
+from streamlearn.learn.state import TrainState
+from streamlearn.learn.trainer import Step
+
+RECORD_EVERY = 10  # steps between lines of history
+RANK_EVERY = 50  # steps between looks at the effective rank
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Watches and tells: metrics, heartbeat, history."""
+
+    def __init__(self, config: Config, state: TrainState, metrics: LearnerMetrics, heartbeat: Heartbeat, stream: Stream):
+        self.config, self.metrics, self.heart, self.stream = config, metrics, heartbeat, stream
+        self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), -1
+        self.handed = time.monotonic()  # when the batch at hand was handed over
+        self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
+        self.losses: list[float] = []
+        self.rank = math.nan
+        self.failures = 0  # told to the metrics so far
+        self.told: dict[str, int] = {}  # likewise, of the stream's counters
+        self.committed = -1  # step of the newest checkpoint
+
+    def waited(self, seconds: float) -> None:
+        self.wait_s += seconds
+        self.handed = time.monotonic()
+        self.metrics.wait_seconds.inc(seconds)
+
+    def look(self, state: TrainState, step: Step) -> None:
+        if self.images_before < 0:
+            self.images_before, self.began = state.images, time.monotonic()
+        self.metrics.step_seconds.observe(time.monotonic() - self.handed)
+        fresh, seen = state.fresh - self.fresh, state.images - self.images
+        self.images, self.fresh = state.images, state.fresh
+        self.metrics.images.labels("fresh").inc(fresh)
+        self.metrics.images.labels("replay").inc(seen - fresh)
+        self.metrics.steps.inc()
+        self.metrics.step.set(state.step)
+        self.metrics.loss.set(step.loss)
+        self.metrics.lr.set(step.rate)
+        self.metrics.grad_norm.set(step.grad_norm)
+        self.metrics.halvings.set(len(state.policy.halvings))
+        if step.skipped:
+            self.metrics.skipped.inc()
+        elif step.sound:
+            self.losses.append(step.prequential if math.isfinite(step.prequential) else step.loss)
+        else:
+            self.metrics.bad_steps.inc()
+            self.heart.history(event="bad_step", step=state.step, loss=str(step.loss))
+        for sign in SIGNS:
+            self.metrics.sign.labels(sign).set(sign in state.guard.signs)
+        self.rated(state)
+        if state.step % RANK_EVERY == 0 and step.sound:
+            self.rank = float(effective_rank(step.z_BD.cpu()))
+            self.metrics.rank.set(self.rank)
+        if state.step % RECORD_EVERY == 0:
+            self._record(state, step)
+        self.beat(state, "learning", loss=step.loss if math.isfinite(step.loss) else None, lr=step.rate)
+
+    def took(self, inputs: list[dict[str, Any]]) -> None:
+        """Orders and what else came from outside: each is told with the step it is in force from."""
+        for entry in inputs:
+            logger.info("step %d: %s", entry["step"], {k: v for k, v in entry.items() if k not in ("step", "at")})
+            told = {k: v for k, v in entry.items() if k != "at"}
+            self.heart.history(**{"event": "input", **told})
+            if entry["kind"] == "command":
+                self.metrics.orders.labels(entry["action"]).inc()
+
+    def rated(self, state: TrainState) -> None:
+        """What the rate's policy has done, and what it waits for."""
+        for event in state.policy.told():
+            logger.info("learning rate: %s", event)
+            self.heart.history(**event)
+        for why in WAITS:
+            self.metrics.plateau.labels(why).set(state.policy.waits == why)
+
+    def _record(self, state: TrainState, step: Step) -> None:
+        measures = state.objective.measures()
+        self.metrics.code_entropy.set(measures["code_entropy"])
+        self.metrics.perplexity.set(measures["perplexity"])
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses.clear()
+        rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
+        norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
+        self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
+        counters = self._stream()
+        spent = time.monotonic() - self.began
+        self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))
+        self.heart.beat(wait_share=round(self.wait_s / max(spent, 1e-9), 3), stream=counters, **rounded)
+        self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), state.images
+
+    def _stream(self) -> dict[str, int]:
+        """The stream's counters, told to the metrics."""
+        m, counters = self.metrics, self.stream.counters()
+        for name, counter in (
+            ("corrupt", m.corrupt),
+            ("downloads", m.downloads),
+            ("download_bytes", m.download_bytes),
+            ("failures", m.stream_failures),
+            ("cache_hits", m.cache_hits),
+            ("cache_evictions", m.cache_evictions),
+        ):
+            counter.inc(counters.get(name, 0) - self.told.get(name, 0))
+        for name, gauge in (
+            ("expired_unseen", m.unseen),
+            ("batches_ahead", m.batches_ahead),
+            ("shards_ahead", m.shards_ahead),
+            ("cache_bytes", m.cache_bytes),
+        ):
+            gauge.set(counters.get(name, 0))
+        self.told = counters
+        return counters
+
+    def waits(self, state: TrainState) -> None:
+        """There is no batch, for want of images, or of a store."""
+        self.beat(state, "waiting", stream=self._stream())
+
+    def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
+        self.metrics.heartbeat.set_to_current_time()
+        known: dict[str, Any] = {
+            "state": what,
+            "step": state.step,
+            "images": state.images,
+            "fresh": state.fresh,
+            "bad_steps": state.bad_steps,
+            "skipped_steps": state.skipped,
+            "rollbacks": len(state.rollbacks),
+            "collapse_signs": list(state.guard.signs),
+        }
+        known |= {
+            "halvings": len(state.policy.halvings),
+            "lr_held": state.policy.held,
+            "plateau_waits": state.policy.waits,
+            "cursor": state.stream.get("cursor", {}),
+            "round": state.stream.get("round", 0),
+        }
+        known |= self.stream.waiting()
+        self.metrics.waiting.set(known["waiting_s"])
+        if math.isfinite(self.rank):
+            known["effective_rank"] = round(self.rank, 2)
+        self.heart.beat(force=force, **known, **more)
+
+    def checkpointed(self, checkpoints: Checkpoints) -> None:
+        """What is committed by now; the newest may still be on its way to the store."""
+        if checkpoints.last_step != self.committed:
+            self.committed = checkpoints.last_step
+            self.metrics.checkpoints.inc()
+        self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
+        self.failures = checkpoints.failures
+        self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
+
+    def withheld(self, state: TrainState) -> None:
+        logger.error("no snapshot of step %d: %s", state.step, ", ".join(state.guard.signs) or "the last steps were not finite")
+        self.heart.history(event="snapshot_withheld", step=state.step, signs=list(state.guard.signs))
+
+    def published(self, state: TrainState, tag: str, digest: str) -> None:
+        logger.info("published %s (%s)", tag, digest[:19])
+        self.metrics.snapshots.inc()
+        self.metrics.snapshot_at.set_to_current_time()
+        self.heart.history(event="snapshot", step=state.step, tag=tag, digest=digest)
+        self.beat(state, "learning", force=True, last_snapshot={"tag": tag, "digest": digest, "step": state.step, "at": now()})
