@@ -53,21 +53,26 @@ CALIBRATION = 512
 
 
 def config_of(arm: str, args: argparse.Namespace, seed: int) -> Config:
-    """learning.md, section 4: what makes SwAV learn CIFAR-10 on two cores."""
+    config = learner(args, seed, 1 / args.epochs if arm == "stream" else 1.0)
+    return config.model_copy(update={"model": config.model.model_copy(update={"norm": args.norm})})
+
+
+def learner(args: argparse.Namespace, seed: int, fresh: float) -> Config:
+    """`fresh`: share of a round.  learning.md, section 4: what makes SwAV learn CIFAR-10 on two cores."""
     return Config(
         stream=StreamConfig(
             seed=seed,
             crops=(CropConfig(count=2, size=32, scale=(0.3, 1.0)),),
             jitter=0.4,
             blur=0.0,
-            fresh_fraction=1 / args.epochs if arm == "stream" else 1.0,
+            fresh_fraction=fresh,
             max_replay_per_fresh=0.0,  # no idle rounds: the number of steps is that of the images
             reservoir=args.capacity,
             round_samples=args.round,
             workers=0,
             prefetch=1,
         ),
-        model=ModelConfig(backbone="regnety-tiny", head=(512, 128), norm=args.norm),
+        model=ModelConfig(backbone="regnety-tiny", head=(512, 128)),
         objective=ObjectiveConfig(prototypes=128, epsilon=0.015, freeze_prototypes=60),
         train=TrainConfig(
             seed=seed, batch=args.batch, ema_decay=0.99, optim=OptimConfig(kind="sgd", lr=0.3, warmup_steps=20, weight_decay=5e-4)
@@ -97,19 +102,21 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
     state, losses = fresh_state(config), []
     before = judged(calibrated(state.ema.model.trunk, calibration), splits, config)
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        for epoch in range(args.epochs if arm == "epochs" else 1):
+        home, passes = Path(folder), args.epochs if arm == "epochs" else 1
+        for epoch in range(passes):
             order = rng.permutation(len(images)) if epoch else np.arange(len(images))
             publish(home, [images[i] for i in order], "jpg", a_shard=args.round, start=epoch * len(images))
         stream = Stream(config.stream, *open_home(home), home / "cache", batch=args.batch, state=None, stop=threading.Event())
 
         def batches() -> Iterator[Batch]:
             for batch in stream.batches():
-                if batch is None:
-                    return  # everything is learnt
-                yield batch
+                if batch is not None:
+                    yield batch
+                elif state.fresh == passes * len(images):
+                    return  # everything is learnt; else a shard is on its way
 
         train(state, batches(), [lambda state, step: losses.append(step.loss)])
+        stream.close()
     after = judged(calibrated(state.ema.model.trunk, calibration), splits, config)
     return {
         "seed": seed,
