@@ -120,31 +120,33 @@ def test_a_plateau_that_is_proved_lets_it_begin_anew_and_so_does_an_annealed_bra
     assert branch.steady_since == 500
 
 
-def small(**train):
-    return small_config(ema_share=0.2, ema_decay_most=0.97, **train)
+def small():
+    config = small_config(ema_share=0.2)
+    return config.model_copy(update={"train": config.train.model_copy(update={"ema_decay": 0.5})})
+
+
+ORDER = 16  # the step before which the rate is halved
 
 
 def run(start, end, state=None):
-    """An order to halve comes before step 60."""
     state = state or fresh_state(small())
-    for first, last in ((start, min(end, 60)), (max(start, 60), end)):
-        if first == 60 and last > 60:
-            state.policy.command("halve", None, 60)
-        train(state, batches(first, last), [])
+    train(state, batches(start, min(end, ORDER)), [])
+    if start <= ORDER < end:
+        state.policy.command("halve", None, ORDER)
+    train(state, batches(max(start, ORDER), end), [])
     return state
 
 
 def test_the_learner_s_average_follows_the_policy_and_a_resumed_one_goes_on_bit_for_bit():
-    whole = run(0, 75)
-    assert whole.policy.changed_at == 60
-    for cut in (55, 70):
+    whole = run(0, 22)
+    assert whole.policy.changed_at == ORDER
+    for cut in (14, 19):
         second = fresh_state(small())
         second.load_state_dict(through_disk(run(0, cut).state_dict()))
-        assert same(whole.state_dict(), run(cut, 75, second).state_dict()) == set()
-    unchanged = fresh_state(small())
-    train(unchanged, batches(0, 60), [])
-    unchanged.policy.base = 0.25  # the same rate from step 60 on, and the horizon knows nothing of it
-    train(unchanged, batches(60, 75), [])
+        assert same(whole.state_dict(), run(cut, 22, second).state_dict()) == set()
+    unchanged = run(0, ORDER)
+    unchanged.policy.base = 0.25  # the same rate from there on, of which the horizon knows nothing
+    train(unchanged, batches(ORDER, 22), [])
     different = same(whole.state_dict(), unchanged.state_dict())
     assert any(path.startswith(".ema") for path in different) and not any(path.startswith(".model") for path in different)
 
