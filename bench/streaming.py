@@ -164,9 +164,10 @@ def table(seeds: list[dict[str, dict[str, float]]], args: argparse.Namespace) ->
             "unequal updates"
         )
     for name in ("knn gain", "ridge gain"):
-        parts = [100 * arms["stream"][name] / arms["epochs"][name] for arms in seeds]
-        of_means = 100 * sum(a["stream"][name] for a in seeds) / sum(a["epochs"][name] for a in seeds)
-        lines.append(f"stream's {name} is {of_means:.1f} % of epochs' (of the means); of each seed {_spread(parts)} %")
+        stream, epochs = ([arms[arm][name] for arms in seeds] for arm in ("stream", "epochs"))
+        share = f"{100 * sum(stream) / sum(epochs):.1f} %" if sum(epochs) > 0 else "nothing to compare: epochs gained nothing, not"
+        points = [a - b for a, b in zip(stream, epochs, strict=True)]
+        lines.append(f"stream's {name} is {share} of epochs' (of the means); stream less epochs, in points: {_spread(points)}")
     return "\n".join(lines)
 
 
@@ -179,7 +180,6 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"--images must be whole rounds, and --round whole batches: try --images {25 * 3 * args.batch} --round {3 * args.batch}"
         )
-    torch.set_num_threads(args.threads)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for arm in args.arms:
@@ -205,4 +205,6 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=10000)
     parser.add_argument("--norm", choices=("bn", "gn_ws"), default="bn")
     parser.add_argument("--threads", type=int, default=1)
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    main(arguments)
