@@ -77,10 +77,8 @@ class TrainConfig(Section):
     device: str = "cpu"  # as torch names it
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
-    ema_decay: float = Field(
-        default=0.999, ge=0, lt=1
-    )  # of the published average, at least; less before (1 + step) / (10 + step) is as much
-    ema_share: Fraction = 0.05  # its horizon, 1 / (1 - decay), of the steps since the rate last changed; 0: ema_decay is all
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the average, at least; at first (1 + step) / (10 + step)
+    ema_share: Fraction = 0.1  # its horizon, 1 / (1 - decay), of the steps since the rate last changed; 0: ema_decay is all
     ema_decay_most: float = Field(default=0.9999, ge=0, lt=1)  # beyond which it does not grow
     checkpoint_steps: int = Field(default=500, ge=1)  # steps between checkpoints
     keep_checkpoints: int = Field(default=3, ge=1)  # the newest
