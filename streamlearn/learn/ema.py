@@ -12,7 +12,7 @@ eta updates later: its weights are binomials, which the tests hold it to, and it
 averaged so far is forgotten at that pace: it is never thrown away at once, for bare weights would then be published.
 
 On a quadratic whose loss is known (bench.averages) the longer average is the better one at every stop, and a share of 0.1 leaves half the loss of
-a constant 0.999 after 24,000 steps; beginning anew costs a few percent there, where nothing ever drifts, against the rest of an older rate's lag.
+a constant 0.999 after 24,000 steps; beginning anew costs about a tenth there, where nothing ever drifts, against the rest of an older rate's lag.
 
 The count of updates is no state of its own: it follows from the step and from the step of the last change, which the policy's state has.
 Going back to a checkpoint brings both back.
