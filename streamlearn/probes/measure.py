@@ -34,7 +34,7 @@ from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
 from streamlearn.snapshots.lineage import generation_of
 from streamlearn.snapshots.pull import read_file
-from streamlearn.snapshots.trunk import load_trunk, read_settings
+from streamlearn.snapshots.trunk import load_trunk, norm_of, read_settings
 from streamlearn.stream.views import normalised
 
 SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
@@ -57,6 +57,7 @@ class Snapshot:
     std: Three
     trunk: nn.Module
     metrics: dict[str, Any]  # the learner's own, of the time of publishing
+    norm: str = "bn"  # of the trunk
 
 
 def open_snapshot(registry: Registry, step: int, digest: str, device: str = "cpu") -> Snapshot:
@@ -68,6 +69,7 @@ def open_snapshot(registry: Registry, step: int, digest: str, device: str = "cpu
     return Snapshot(
         step, digest, generation_of(registry, digest), ours["backbone"], ours["stem"], int(cfg["input_size"][-1]),
         (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), trunk.eval().to(device), json.loads(read_file(registry, digest, "metrics.json")),
+        norm_of(settings),
     )  # fmt: skip
 
 
@@ -153,6 +155,7 @@ class Measurer:
     def _baseline(self, snapshot: Snapshot, bank: Bank) -> dict[str, float]:
         """Raw pixels at their best side, and the mean of untrained networks: measured once for a bank and architecture."""
         key = "\0".join((bank.digest, snapshot.backbone, snapshot.stem, str(snapshot.size), self.protocol(EACH, snapshot.size)))
+        key += f"\0{snapshot.norm}" if snapshot.norm != "bn" else ""
         path = self.baselines / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         if path.exists():
             kept: dict[str, float] = json.loads(path.read_bytes())
@@ -165,7 +168,7 @@ class Measurer:
         some = normalised(bank.train.images_NSSC[:: max(1, len(bank.train.labels) // 1024)], snapshot.mean, snapshot.std)
         for seed in SEEDS:
             self.say("untrained networks")
-            net = untrained(snapshot.backbone, snapshot.stem, some, seed).to(self.config.device)
+            net = untrained(snapshot.backbone, snapshot.stem, some, seed, norm=snapshot.norm).to(self.config.device)
             parts = [features(net, s, snapshot.mean, snapshot.std, self.config.batch, self.turns) for s in (bank.train, bank.test)]
             random.append([good(s, truth) for s in self._both(bank, *parts)])
         found: dict[str, float] = {}
