@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from streamlearn.learn.parallel import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -20,7 +22,7 @@ class Ema(Generic[M]):
     def update(self, model: nn.Module, step: int) -> None:
         """After the update that made `step`.  Early steps count for more: min(decay, (1 + step) / (10 + step))."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_([local(p) for p in self.model.parameters()], [local(p.detach()) for p in model.parameters()], 1 - decay)
         self._copy_buffers(model, self.model)
 
     def undo_buffers(self, model: nn.Module) -> None:

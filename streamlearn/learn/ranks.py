@@ -1,14 +1,28 @@
-"""The processes that learn together, as an objective sees them: sums and gathers, and nothing of how they were started."""
+"""The processes that learn together: how they meet, and what an objective and a loop ask of each other through them.
 
-from collections.abc import Callable
+`torchrun` starts them and says in the environment who is who; `meeting` joins them.  What every rank must decide alike is agreed on between the
+hosts (gloo), so that no device waits for it; gradients, statistics and embeddings go between the devices (NCCL on CUDA).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.errors import ConfigError, StreamlearnError
+
+T = TypeVar("T")
+TIMEOUT_S = 1800.0  # torch's own for gloo
+
+
+class RankLost(StreamlearnError):
+    """A collective has failed: another process has ended, or does not answer.  All end, and start again from the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,11 @@ class Ranks:
     world: int = 1
     assigners: int = 1  # ranks that assign together with this one, itself among them
     group: Any = None  # their process group; None: the whole world
+
+    @property
+    def first(self) -> bool:
+        """The one that plans, writes, publishes and speaks."""
+        return self.rank == 0
 
     @property
     def total(self) -> Callable[[Tensor], Tensor] | None:
@@ -46,8 +65,32 @@ class Ranks:
         dist.all_gather(parts, z_ABD.contiguous())
         return torch.cat(parts, dim=1)
 
+    def agreed(self, *values: int) -> tuple[int, ...]:
+        """The largest of each over all ranks, between the hosts: a flag that one raises is up on all of them."""
+        if self.world == 1:
+            return values
+        x = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return tuple(x.tolist())
 
-def joined(assign_ranks: int = 0) -> Ranks:
+    def told(self, value: T) -> T:
+        """The first rank's `value`, a plain one, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def said(self, value: T) -> list[T]:
+        """Everybody's, in rank order."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+
+def joined(assign_ranks: int = 0, *, timeout_s: float = TIMEOUT_S) -> Ranks:
     """The ranks of torch.distributed, if it was initialised; else one process alone.  A collective where it was.
 
     `assign_ranks` neighbours assign codes together, as neighbours share a SyncBN group; 0: all.  Raises ConfigError.
@@ -55,12 +98,57 @@ def joined(assign_ranks: int = 0) -> Ranks:
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
-    if assign_ranks in (0, world):
-        return Ranks(rank, world, world)
-    if world % assign_ranks:
-        raise ConfigError(
-            f"objective.assign_ranks = {assign_ranks} does not divide the {world} processes: set it to a divisor, or to 0 (all together)"
-        )
+    group = neighbours(assign_ranks, "objective.assign_ranks", timeout_s=timeout_s)
+    return Ranks(rank, world, assign_ranks if group is not None else world, group)
+
+
+def neighbours(size: int, key: str, *, timeout_s: float = TIMEOUT_S) -> Any:
+    """The process group of this rank's `size` neighbours, itself among them; None where that is everybody.  A collective.
+
+    Raises ConfigError naming the configuration's `key`.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if size in (0, world):
+        return None
+    if world % size:
+        raise ConfigError(f"{key} = {size} does not divide the {world} processes: set it to a divisor, or to 0 (all together)")
     # everyone makes every group: torch.distributed asks for it
-    groups = [dist.new_group(list(range(first, first + assign_ranks))) for first in range(0, world, assign_ranks)]
-    return Ranks(rank, world, assign_ranks, groups[rank // assign_ranks])
+    timeout = timedelta(seconds=timeout_s)
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, world, size)]
+    return groups[rank // size]
+
+
+def device_of(name: str) -> str:
+    """`train.device` for this process: of several on one host each has its own GPU."""
+    together = dist.is_available() and dist.is_initialized()
+    return f"cuda:{torch.cuda.current_device()}" if together and name == "cuda" else name
+
+
+@contextmanager
+def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    """Join the processes that torchrun has started with this one, if it has.  Raises ConfigError; RankLost where one of them is gone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield
+        return
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device = {device!r}: of several processes each takes its own device; set it to 'cuda' or 'cpu'")
+    if device == "cuda":
+        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= there:
+            raise ConfigError(f"train.device = 'cuda': this host has {there} GPUs, process {local} finds none; lower --nproc-per-node")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        yield
+        dist.barrier()  # nobody closes its sockets while another still listens
+        dist.destroy_process_group()
+    except RuntimeError as e:
+        if not _of_a_collective(e):
+            raise
+        raise RankLost(f"{str(e).splitlines()[0]}: another process has ended, or gave no sign for {timeout_s:g} s; see its log") from e
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """gloo's failures are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer"))
