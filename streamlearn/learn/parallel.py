@@ -34,7 +34,9 @@ def spread(model: Model, average: Model, config: TrainConfig) -> nn.Module:
         synced(model, neighbours(size, "train.sync_bn_group", timeout_s=config.ranks_timeout_s))
     if config.parallel == "ddp":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)  # what torch 2.13 has in its place, 2.6 has not
+            warnings.filterwarnings(
+                "ignore", message=".*broadcast_buffers", category=FutureWarning
+            )  # what torch 2.13 has in its place, 2.6 has not
             # buffers are in step as it is, or are not meant to be
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     for one in (model, average):
