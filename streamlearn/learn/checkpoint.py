@@ -46,9 +46,15 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """One writer at a time; `save` waits for the one before."""
 
-    def __init__(self, store: ObjectStore, *, keep: int, ranks: Ranks | None = None, timeout_s: float = TIMEOUT_S):
-        """A collective where there are many `ranks`, as is every method: they call it together."""
+    def __init__(
+        self, store: ObjectStore, *, keep: int, ranks: Ranks | None = None, timeout_s: float = TIMEOUT_S, parted: bool | None = None
+    ):
+        """A collective where there are many `ranks`, as is every method: they call it together.
+
+        `parted`: write as sharded.py has it; None: where there are many.
+        """
         self.store, self.keep, self.ranks = store, keep, ranks or Ranks()
+        self.parted = self.ranks.world > 1 if parted is None else parted
         # of its own: the writers talk while the training goes on
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if self.ranks.world > 1 else None
         self.failures = 0
@@ -119,7 +125,7 @@ class Checkpoints:
         def commit(data: bytes, parts: list[str], kind: str = "json") -> None:
             self._commit(data, kind, {"step": step, "sound": sound} | ({"parts": parts} if parts else {}), forget)
 
-        if self.ranks.world > 1:
+        if self.parted:
             sharded.save(self.store, state, step, commit, self._group)
         else:
             buffer = io.BytesIO()

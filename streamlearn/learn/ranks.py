@@ -4,7 +4,9 @@
 hosts (gloo), so that no device waits for it; gradients, statistics and embeddings go between the devices (NCCL on CUDA).
 """
 
+import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,7 +141,13 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
             raise ConfigError(f"train.device = 'cuda': this host has {there} GPUs, process {local} finds none; lower --nproc-per-node")
         torch.cuda.set_device(local)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_s)
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, world, is_master=rank == 0 and not hosted, timeout=timeout)
+        mine = dist.PrefixStore(start_of(store, rank, world, timeout_s), store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
         yield
         dist.barrier()  # nobody closes its sockets while another still listens
         dist.destroy_process_group()
@@ -147,6 +155,31 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         if not _of_a_collective(e):
             raise
         raise RankLost(f"{str(e).splitlines()[0]}: another process has ended, or gave no sign for {timeout_s:g} s; see its log") from e
+
+
+def start_of(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name for this very start of the group, the same on all of its ranks and never used before.  Raises RuntimeError when the time is over.
+
+    torchrun keeps one store over restarts (torch 2.13), and in it the addresses of processes that have ended; a rank that reads one of those
+    never connects.  So the first rank draws a name and says it together with what the others say of themselves, until each has heard its own.
+    """
+    own, until = os.urandom(8).hex(), time.monotonic() + timeout_s
+    if rank:
+        store.set(f"streamlearn/here/{rank}", own)
+    while time.monotonic() < until:
+        if rank == 0:
+            here = {str(r): store.get(f"streamlearn/here/{r}").decode() for r in range(1, world)}
+            store.set("streamlearn/start", json.dumps({"name": own, "of": here}))
+            heard = [f"streamlearn/heard/{r}" for r in range(1, world)]
+            if all(store.check([key]) and store.get(key).decode() == own for key in heard):
+                return own
+        else:
+            start = json.loads(store.get("streamlearn/start"))
+            if start["of"].get(str(rank)) == own:
+                store.set(f"streamlearn/heard/{rank}", start["name"])
+                return str(start["name"])
+        time.sleep(0.05)
+    raise dist.DistStoreError(f"the {world} processes did not find each other within {timeout_s:g} s")
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

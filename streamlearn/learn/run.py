@@ -171,9 +171,10 @@ class Learner:
 
     def meet(self, *, ready: bool, over: bool) -> bool:
         """Between two steps, all ranks: whether all are ready for the next.  Sets `over` where one of them is at its end."""
+        rate = self.state.policy.rate(self.state.step)  # before the first rank has taken anything
         news = self.inputs.take(self.state) if self.inputs is not None and ready and not over else []
         if self.ranks.world > 1:
-            where = zlib.crc32(repr((self.state.step, self.state.policy.rate(self.state.step))).encode())
+            where = zlib.crc32(repr((self.state.step, rate)).encode())
             waits, ends, told, high, low = self.ranks.agreed(not ready, over, len(news), where, -where)
             if high != -low:
                 raise Corrupt("the ranks are not at the same step, or have different rates: a fault of streamlearn's; start them again")

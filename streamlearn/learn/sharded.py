@@ -16,7 +16,8 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,10 @@ def save(store: ObjectStore, state: Mapping[str, Any], step: int, commit: Callab
     """
     tensors, rest = parted(state)
     writer = _Writer(store, step, rest, commit)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
     try:
-        save_together(tensors, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False), process_group=group)
+        with quiet(group):
+            save_together(tensors, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as e:
         raise first_fault(e) from e
 
@@ -77,14 +80,22 @@ def load(store: ObjectStore, key: str, index_bytes: bytes, room: Room | None, gr
     make = room or (lambda _, size, dtype: torch.empty(tuple(size), dtype=dtype))
     tensors = {name: make(name, size, dtype) for name, (size, dtype) in sizes.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone: what is meant
+        with quiet(group):
             planner = DefaultLoadPlanner(flatten_state_dict=False)
             load_together(tensors, storage_reader=_Reader(store, index), planner=planner, process_group=group)
     except CheckpointException as e:
         raise first_fault(e) from e
     rest: dict[str, Any] = torch.load(io.BytesIO(_read(store, rest_at)), map_location="cpu", weights_only=True)
     return joined(tensors, rest)
+
+
+@contextmanager
+def quiet(group: Any) -> Iterator[None]:
+    """One process alone is what is meant where there is no group: torch need not warn of it."""
+    with warnings.catch_warnings() if group is None else nullcontext():
+        if group is None:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def first_fault(e: CheckpointException) -> BaseException:
