@@ -144,8 +144,8 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_s)
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, world, is_master=rank == 0 and not hosted, timeout=timeout)
-        mine = dist.PrefixStore(start_of(store, rank, world, timeout_s), store)
+        store = dist.TCPStore(address, port, world, is_master=rank == 0 and not hosted, timeout=timeout)  # type: ignore[attr-defined]
+        mine = dist.PrefixStore(start_of(store, rank, world, timeout_s), store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=mine, rank=rank, world_size=world, timeout=timeout)
         yield
@@ -157,7 +157,7 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         raise RankLost(f"{str(e).splitlines()[0]}: another process has ended, or gave no sign for {timeout_s:g} s; see its log") from e
 
 
-def start_of(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+def start_of(store: Any, rank: int, world: int, timeout_s: float) -> str:
     """A name for this very start of the group, the same on all of its ranks and never used before.  Raises RuntimeError when the time is over.
 
     torchrun keeps one store over restarts (torch 2.13), and in it the addresses of processes that have ended; a rank that reads one of those
