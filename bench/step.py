@@ -43,7 +43,7 @@ def ours(config: Config, crops: list[Tensor]) -> Callable[[], float]:
         loss.backward()
         state.optimizer.step()
         state.objective.after_step(state.step)
-        state.ema.update(state.model, state.step)
+        state.ema.update(state.model, state.step, state.policy.steady_since)
         return float(loss.detach())
 
     return step

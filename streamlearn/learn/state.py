@@ -116,7 +116,8 @@ def fresh_state(config: Config, begin: Callable[[TrainState], None] | None = Non
     optim = train.optim.for_batch(train.batch)
     policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
     guard = Guard(config.objective.prototypes, train.guard_looks)
-    state = TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy, guard)
+    ema = Ema(model, train.ema_decay, train.ema_share, train.ema_decay_most)
+    state = TrainState(model, ema, objective, build_optimizer(optim, model, objective), policy, guard)
     if begin is not None:
         begin(state)
     if dist.is_available() and dist.is_initialized():

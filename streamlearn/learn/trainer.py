@@ -81,7 +81,7 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
         if sound:
             state.optimizer.step()
             state.objective.after_step(state.step)
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.model, state.step, state.policy.steady_since)
             prequential = float(seen.loss_B[seen.fresh_B].mean())
             if seen.fresh_B.any():
                 halved = state.policy.observe(prequential, state.step)

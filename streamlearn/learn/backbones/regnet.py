@@ -15,6 +15,8 @@ from pycls.models.anynet import AnyNet
 from pycls.models.regnet import adjust_ws_gs_comp, generate_regnet, get_stages_from_blocks
 from torch import Tensor, nn
 
+from streamlearn.learn.backbones.norms import without_batchnorm
+
 SE_RATIO = 0.25  # of the block's input width
 STEMS = {"imagenet": "simple_stem_in", "cifar": "res_stem_cifar"}
 
@@ -79,9 +81,11 @@ def anynet(stages: Stages, stem: str) -> AnyNet:
 class RegNetY(nn.Module):
     """Stem, stages, global average pool."""
 
-    def __init__(self, stages: Stages, stem: str):
+    def __init__(self, stages: Stages, stem: str, norm: str = "bn"):
         super().__init__()
         model = anynet(stages, stem)
+        if norm == "gn_ws":
+            without_batchnorm(model)
         self.width = stages.widths[-1]
         for name, child in model.named_children():
             if name != "head":
