@@ -4,8 +4,11 @@
 hosts (gloo), so that no device waits for it; gradients, statistics and embeddings go between the devices (NCCL on CUDA).
 """
 
+import ctypes
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from streamlearn.contract.errors import ConfigError, StreamlearnError
 
 T = TypeVar("T")
 TIMEOUT_S = 1800.0  # torch's own for gloo
+PR_SET_PDEATHSIG = 1
 
 
 class RankLost(StreamlearnError):
@@ -140,6 +144,7 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         if local >= there:
             raise ConfigError(f"train.device = 'cuda': this host has {there} GPUs, process {local} finds none; lower --nproc-per-node")
         torch.cuda.set_device(local)
+    _end_with_torchrun()
     try:
         rank, timeout = int(os.environ["RANK"]), timedelta(seconds=timeout_s)
         hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -155,6 +160,15 @@ def meeting(device: str, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         if not _of_a_collective(e):
             raise
         raise RankLost(f"{str(e).splitlines()[0]}: another process has ended, or gave no sign for {timeout_s:g} s; see its log") from e
+
+
+def _end_with_torchrun() -> None:
+    """When torchrun is killed, the kernel kills this process: else it would learn on, beside the group that is started next, and write to its store.
+
+    One that torchrun leaves behind before it has come here finds no store to meet the others in: that is torchrun's, too.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_of(store: Any, rank: int, world: int, timeout_s: float) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ from tests.parity.learner_world import in_float64
 class PartStream(PlainStream):
     """One rank's part of each; nothing at all now and then, at other times on every rank."""
 
-    def __init__(self, state, stop, ranks, strike):
+    def __init__(self, state, stop, ranks, strike, told):
         super().__init__(state, 100, stop)
-        self.ranks, self.strike = ranks, strike
+        self.ranks, self.strike, self.told = ranks, strike, told
 
     def batches(self):
         for place in range(self.place, self.end):
@@ -40,7 +41,12 @@ class PartStream(PlainStream):
             self.strike(self.ranks.rank, place)
             part = batch(place).part(self.ranks.rank, self.ranks.world)
             part.crops = tuple(crop.double() for crop in part.crops)
+            part.taken = partial(self.learnt, place, part.state)
             yield part
+
+    def learnt(self, place, state, features_BD):
+        durable.append_line(self.told, str(place))
+        return state
 
     def eval_images(self, refs, size):
         return super().eval_images(refs, size).double()
@@ -73,7 +79,7 @@ def main(home, end, parallel, number=0, rank=0, place=0):
         ranks = joined()
         heart = Heartbeat(home, "train", period_s=0, mute=not ranks.first)
         metrics, sources = LearnerMetrics(CollectorRegistry()), Sources()
-        opened = lambda state: PartStream(state, stop, ranks, strike)  # noqa: E731
+        opened = lambda state: PartStream(state, stop, ranks, strike, home / f"learnt-{ranks.rank}")  # noqa: E731
         state = run_train(config, opened, store, publish, metrics, heart, stop=stop, sources=sources)
     durable.append_line(home / "ended", f"{ranks.rank} of {ranks.world} at {state.step}")
 

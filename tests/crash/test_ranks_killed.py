@@ -38,6 +38,11 @@ def ended(home):
     return sorted((home / "ended").read_text().splitlines())
 
 
+def learnt(home, rank):
+    """Places of the batches that this rank has learnt, as often as it has."""
+    return [int(line) for line in (home / f"learnt-{rank}").read_text().splitlines()]
+
+
 def newest(home):
     return Checkpoints(FolderStore(home / "store"), keep=3).load()
 
@@ -70,12 +75,15 @@ def test_two_ranks_learn_publish_and_obey_as_one_does(alone, pair):
 
 def test_a_rank_that_is_killed_starts_the_group_again_from_the_last_checkpoint(pair, tmp_path):
     told = learn(tmp_path, 2, strike=(int(signal.SIGKILL), 1, 7))
-    assert (tmp_path / "struck").exists() and "Signal 9" in told
+    assert (tmp_path / "struck").exists() and "exitcode: -9" in told
     assert ended(tmp_path) == ended(pair)
     assert same(newest(tmp_path), newest(pair)) == set()
     assert (tmp_path / "published").read_text() == (pair / "published").read_text()
     resumed = [line["step"] for line in read_lines(tmp_path / "history" / "train.jsonl") if line.get("event") == "resumed"]
     assert resumed in ([6], [4])  # the checkpoint of step 6 may have been on its way
+    for rank in (0, 1):
+        assert learnt(pair, rank) == list(range(END))
+        assert learnt(tmp_path, rank) == [*range(7), *range(resumed[0], END)]  # again from the checkpoint on, and nothing else again
 
 
 def test_one_told_to_stop_stops_all_and_another_number_of_them_goes_on(alone, tmp_path):

@@ -21,19 +21,20 @@ from tests.learn.world import FakeBatch, batch, flat, small_config
 
 STEPS, B = 4, 8
 CASES = {
-    "ddp": dict(),
+    "ddp": dict(group=32),  # more than there are: all
     "fsdp": dict(parallel="fsdp"),
-    "fsdp, adamw": dict(parallel="fsdp", kind="adamw", lr=1e-3),
+    "fsdp, adamw, gn_ws": dict(parallel="fsdp", kind="adamw", lr=1e-3, norm="gn_ws"),
     "ddp, in parts": dict(parts=2),
     "fsdp, not finite": dict(parallel="fsdp", spoilt=(2,)),
 }
 
 
-def config(ranks, parallel="ddp", kind="lars", lr=0.5, parts=0, spoilt=()):
-    base = small_config(parallel=parallel, micro_batch=B // ranks.world // parts if parts else 0)
+def config(ranks, parallel="ddp", kind="lars", lr=0.5, parts=0, spoilt=(), group=0, norm="bn"):
+    base = small_config(parallel=parallel, sync_bn_group=group, micro_batch=B // ranks.world // parts if parts else 0)
     optim = base.train.optim.model_copy(update={"kind": kind, "lr": lr})
     objective = base.objective.model_copy(update={"queue": 0 if parts else base.objective.queue})  # its order is the batch's
-    return base.model_copy(update={"objective": objective, "train": base.train.model_copy(update={"optim": optim})})
+    model = base.model.model_copy(update={"norm": norm})
+    return base.model_copy(update={"model": model, "objective": objective, "train": base.train.model_copy(update={"optim": optim})})
 
 
 def own_part(place, ranks, parts=0, spoilt=(), **_):
