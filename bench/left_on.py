@@ -82,7 +82,7 @@ class Group:
                 raise SystemExit(f"time is over while waiting for {what}; see {self.home / 'log.txt'}")
             if self.agent is None or self.agent.poll() is not None:
                 self.start()
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def end(self) -> None:
         """Wait until it has learnt everything."""
@@ -174,7 +174,7 @@ def drive(home: Path, kills: int, ranks: int, seed: int, limit_s: float) -> Trou
             publish(home, [coloured(n) for n in range(shown, until)], "png", A_SHARD, start=shown)
             shown = until
             if kind:
-                trouble.strike(kind, soon=rng.random() < 0.2, full=rng.random() < 0.3)
+                trouble.strike(kind, soon=rng.random() < 0.2, full=done % 3 == 1)
                 print(
                     f"{time.strftime('%H:%M:%S')} {done + 1}: {kind} killed at a checkpoint of step {trouble.pointer}",
                     file=sys.stderr,

@@ -43,7 +43,7 @@ KINDS = ("part", "rest", "json", "latest")  # of a checkpoint's objects (learn/s
 WHEN = ("before", "mid", "after")
 EVERY, PUBLISHED = 5, 20  # steps between checkpoints, and between snapshots
 CONFIG = Config(
-    stream=passes.CONFIG.model_copy(update={"crops": (CropConfig(count=2, size=16, scale=(0.5, 1.0)),)}),
+    stream=passes.CONFIG.model_copy(update={"crops": (CropConfig(count=2, size=16, scale=(0.5, 1.0)),), "workers": 0}),
     model=ModelConfig(backbone="regnety-tiny", head=(16, 8)),
     objective=ObjectiveConfig(prototypes=6, queue=80, freeze_prototypes=2, epsilon=0.05),
     train=TrainConfig(
@@ -56,7 +56,7 @@ CONFIG = Config(
         guard_looks=0,  # images of one colour each: there is not much in them
         ranks_timeout_s=300.0,
     ),
-)
+)  # without workers of the stream: a start costs three imports of torch less, and their deaths are bench.passes' affair
 
 
 class TroubledStore(FolderStore):
