@@ -29,13 +29,15 @@ import torch
 from bench.left_on_worker import CONFIG, EVERY, KINDS, WHEN, newest
 from bench.passes import A_SHARD, coloured
 from bench.shards import publish
+from streamlearn.contract import durable
 from streamlearn.contract.durable import read_lines
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.learn.checkpoint import POINTER, Checkpoints
 from streamlearn.stream.audit import audit
 
 STRIKES = ("a rank", "torchrun", "the writer of a checkpoint")
-A_KILL = 160  # images that arrive between two kills: some six steps
+FRESH = int(CONFIG.train.batch * CONFIG.stream.fresh_fraction)  # images of a batch
+AHEAD = 12  # steps that there are always images for, after the newest checkpoint: two checkpoints can come
 WORKER = "bench.left_on_worker"
 
 
@@ -45,8 +47,8 @@ class Group:
 
     home: Path
     ranks: int
-    samples: int
     deadline: float  # monotonic
+    samples: int = 0  # that have arrived
     agent: "subprocess.Popen[bytes] | None" = None
     starts: int = 0
 
@@ -60,7 +62,7 @@ class Group:
             "127.0.0.1",
         ]  # whatever this machine calls itself
         many = ["--nproc-per-node", str(self.ranks), "--max-restarts", "10000", "--monitor-interval", "0.2"]
-        command = ["-m", "torch.distributed.run", *here, *many, "-m", WORKER, str(self.home), str(self.samples)]
+        command = ["-m", "torch.distributed.run", *here, *many, "-m", WORKER, str(self.home)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with (self.home / "log.txt").open("ab") as log:
             self.agent = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
@@ -75,21 +77,33 @@ class Group:
         except psutil.NoSuchProcess:
             return []
 
+    def feed(self) -> None:
+        """Images arrive as they are learnt."""
+        while self.samples < (newest(FolderStore(self.home / "store")) + AHEAD) * FRESH:
+            some = range(self.samples, self.samples + A_SHARD)
+            publish(self.home, [coloured(n) for n in some], "png", A_SHARD, start=some.start)
+            self.samples = some.stop
+
     def until(self, what: str, holds: Callable[[], bool]) -> None:
         """Wait; a group that has ended is started again."""
         while not holds():
-            if time.monotonic() > self.deadline:
-                raise SystemExit(f"time is over while waiting for {what}; see {self.home / 'log.txt'}")
+            self.feed()
             if self.agent is None or self.agent.poll() is not None:
                 self.start()
-            time.sleep(0.1)
+            self._rest(what)
 
     def end(self) -> None:
-        """Wait until it has learnt everything."""
+        """Wait until it has learnt everything; nothing more arrives."""
+        durable.write(self.home / "orders" / "end", str(self.samples).encode())
         while self.agent is None or self.agent.poll() != 0:
-            self.until("its end", lambda: self.agent is not None and self.agent.poll() is not None)
-            if self.agent and self.agent.returncode:
+            if self.agent is None or self.agent.poll():
                 self.start()
+            self._rest("its end")
+
+    def _rest(self, what: str) -> None:
+        if time.monotonic() > self.deadline:
+            raise SystemExit(f"time is over while waiting for {what}; see {self.home / 'log.txt'}")
+        time.sleep(0.1)
 
 
 @dataclass
@@ -162,24 +176,17 @@ def _lines(path: Path) -> int:
 def drive(home: Path, kills: int, ranks: int, seed: int, limit_s: float) -> Trouble:
     """Until everything is learnt."""
     (home / "orders").mkdir(parents=True)
-    samples = -(-A_KILL * (kills + 1) // A_SHARD) * A_SHARD
-    rng, shown = random.Random(seed), 0
-    group = Group(home, ranks, samples, time.monotonic() + limit_s)
+    rng, group = random.Random(seed), Group(home, ranks, time.monotonic() + limit_s)
+    group.feed()
     trouble = Trouble(group, rng)
     kinds = [STRIKES[i % len(STRIKES)] for i in range(kills)]
     rng.shuffle(kinds)
     try:
-        for done, kind in enumerate([*kinds, ""]):
-            until = min(samples, -(-samples * (done + 1) // (kills + 1) // A_SHARD) * A_SHARD)
-            publish(home, [coloured(n) for n in range(shown, until)], "png", A_SHARD, start=shown)
-            shown = until
-            if kind:
-                trouble.strike(kind, soon=rng.random() < 0.2, full=done % 3 == 1)
-                print(
-                    f"{time.strftime('%H:%M:%S')} {done + 1}: {kind} killed at a checkpoint of step {trouble.pointer}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        for done, kind in enumerate(kinds):
+            trouble.strike(kind, soon=rng.random() < 0.2, full=done % 3 == 1)
+            print(
+                f"{time.strftime('%H:%M:%S')} {done + 1}: {kind} killed, newest checkpoint {trouble.pointer}", file=sys.stderr, flush=True
+            )
         group.end()
     finally:
         if group.agent is not None and group.agent.poll() is None:
@@ -193,7 +200,7 @@ def undisturbed(home: Path, ranks: int, samples: int, limit_s: float) -> Path:
     other = home / "undisturbed"
     shutil.copytree(home / "store", other / "store", ignore=shutil.ignore_patterns("checkpoints", "train"))
     (other / "orders").mkdir()
-    Group(other, ranks, samples, time.monotonic() + limit_s).end()
+    Group(other, ranks, time.monotonic() + limit_s, samples).end()
     return other
 
 

@@ -1,6 +1,7 @@
 """One rank of the learner that bench.left_on leaves on: the real role and stream, on a store that can be full or be the last thing a process touches.
 
-`python -m torch.distributed.run … -m bench.left_on_worker HOME SAMPLES`; without torchrun: one process.  It ends once every sample was fresh.
+`python -m torch.distributed.run … -m bench.left_on_worker HOME`; without torchrun: one process.
+It ends once HOME/orders/end names a number of samples and so many were fresh.
 
 What it is ordered to suffer lies as files in HOME/orders: `full`: every put finds the disk full, as long as the file lies there; `die-KIND-WHEN-RANK`:
 that rank is killed, once, when it puts that kind of a checkpoint's object, before, in the middle (half of the bytes are written), or after.
@@ -105,19 +106,19 @@ class TroubledStore(FolderStore):
 class Noted(Stream):
     """The stream, which also writes down what is learnt of it, and tells the learner to stop once everything was fresh."""
 
-    def __init__(self, home: Path, samples: int, store: ObjectStore, state: dict[str, Any] | None, ranks: Ranks, stop: threading.Event):
+    def __init__(self, home: Path, store: ObjectStore, state: dict[str, Any] | None, ranks: Ranks, stop: threading.Event):
         catalog, _ = open_home(home)
         cache = home / "cache"
         super().__init__(
             CONFIG.stream, catalog, store, cache, batch=CONFIG.train.batch, state=state, stop=stop, rank=ranks.rank, ranks=ranks.world
         )
-        self.journal, self.samples = home / "journal" / f"{ranks.rank}.jsonl", samples
+        self.journal, self.end = home / "journal" / f"{ranks.rank}.jsonl", home / "orders" / "end"
         self.step = audit(CONFIG.stream, store, state).batches if state else 0
         self.note(start=self.step, newest=newest(store), ranks=ranks.world)
 
     def batches(self) -> Iterator[Batch | None]:
         for batch in super().batches():
-            if batch is None and self.ahead.learnt.fresh >= self.samples:
+            if batch is None and self.end.exists() and self.ahead.learnt.fresh >= int(self.end.read_text()):
                 self.stop.set()
             yield batch if batch is None else dataclasses.replace(batch, taken=partial(self.learnt, batch))
 
@@ -139,7 +140,7 @@ def newest(store: ObjectStore) -> int:
         return 0
 
 
-def main(home: Path, samples: int) -> None:
+def main(home: Path) -> None:
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -152,9 +153,9 @@ def main(home: Path, samples: int) -> None:
     with meeting("cpu", timeout_s=CONFIG.train.ranks_timeout_s):
         ranks = joined()
         store, heart = TroubledStore(home, ranks.rank), Heartbeat(home, "train", mute=not ranks.first)
-        opened = lambda state: Noted(home, samples, store, state, ranks, stop)  # noqa: E731
+        opened = lambda state: Noted(home, store, state, ranks, stop)  # noqa: E731
         run_train(CONFIG, opened, store, publish, LearnerMetrics(CollectorRegistry()), heart, stop=stop, sources=Sources())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
