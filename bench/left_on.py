@@ -53,14 +53,7 @@ class Group:
     starts: int = 0
 
     def start(self) -> None:
-        here = [
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "127.0.0.1:0",
-            "--local-addr",
-            "127.0.0.1",
-        ]  # whatever this machine calls itself
+        here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]  # whatever this machine is called
         many = ["--nproc-per-node", str(self.ranks), "--max-restarts", "10000", "--monitor-interval", "0.2"]
         command = ["-m", "torch.distributed.run", *here, *many, "-m", WORKER, str(self.home)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -17,6 +17,10 @@ from tests.conftest import REPO
 from tests.learn.world import same
 from tests.parity.learner_world import furthest
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+]  # a start of a group is a dozen seconds of a core; a busy machine has them in minutes
 END = 10
 ORDER = {"kind": "command", "number": 1, "action": "halve", "value": None, "by": "a test", "reason": "", "step": 5, "at": ""}
 
@@ -29,7 +33,7 @@ def learn(home, world, end=END, parallel="ddp", strike=()):
     role = [str(REPO / "tests" / "crash" / "rank_role.py"), str(home), str(end), parallel, *map(str, strike)]
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *(torchrun if world > 1 else []), *role]
-    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 

@@ -10,6 +10,7 @@ from streamlearn.learn.ranks import Ranks, meeting
 from tests.learn.world import flat
 from tests.parity.learner_world import CASES, STEPS, B, furthest, worker
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # up to four processes begin before the first of them
 NEAR = 1e-6
 
 
