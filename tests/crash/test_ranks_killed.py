@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -21,19 +23,25 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
 ]  # a start of a group is a dozen seconds of a core; a busy machine has them in minutes
-END = 10
+END, MANY = 10, 100
+ROLE = REPO / "tests" / "crash" / "rank_role.py"
 ORDER = {"kind": "command", "number": 1, "action": "halve", "value": None, "by": "a test", "reason": "", "step": 5, "at": ""}
 
 
-def learn(home, world, end=END, parallel="ddp", strike=()):
-    """Until all processes have ended; what they wrote to their logs."""
-    FolderStore(home / "store").put(input_key(1), json.dumps(ORDER).encode())  # of the step that it names, whoever takes it
+def command(home, world, end=END, parallel="ddp", strike=()):
+    """(argv, environment) of a group."""
     here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]  # whatever this machine calls itself
     torchrun = ["-m", "torch.distributed.run", *here, "--nproc-per-node", str(world), "--max-restarts", "2"]
-    role = [str(REPO / "tests" / "crash" / "rank_role.py"), str(home), str(end), parallel, *map(str, strike)]
+    role = [str(ROLE), str(home), str(end), parallel, *map(str, strike)]
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, *(torchrun if world > 1 else []), *role]
-    done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
+    return [sys.executable, *(torchrun if world > 1 else []), *role], env
+
+
+def learn(home, world, **more):
+    """Until all processes have ended; what they wrote to their logs."""
+    FolderStore(home / "store").put(input_key(1), json.dumps(ORDER).encode())  # of the step that it names, whoever takes it
+    argv, env = command(home, world, **more)
+    done = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -88,6 +96,20 @@ def test_a_rank_that_is_killed_starts_the_group_again_from_the_last_checkpoint(p
     for rank in (0, 1):
         assert learnt(pair, rank) == list(range(END))
         assert learnt(tmp_path, rank) == [*range(7), *range(resumed[0], END)]  # again from the checkpoint on, and nothing else again
+
+
+def test_when_torchrun_itself_is_killed_no_rank_learns_on(tmp_path):
+    argv, env = command(tmp_path, 2, end=MANY)
+    torchrun = subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "learnt-1").exists():
+        assert torchrun.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(torchrun.pid).children() if str(ROLE) in child.cmdline()]
+    torchrun.kill()
+    torchrun.wait()
+    assert len(ranks) == 2 and psutil.wait_procs(ranks, timeout=600)[1] == []
+    assert not (tmp_path / "ended").exists() and len(learnt(tmp_path, 0)) < MANY
 
 
 def test_one_told_to_stop_stops_all_and_another_number_of_them_goes_on(alone, tmp_path):
