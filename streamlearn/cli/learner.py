@@ -23,6 +23,7 @@ from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.anneal import annealing, branch
 from streamlearn.learn.inputs import Sources, Window
+from streamlearn.learn.ranks import device_of, joined, meeting
 from streamlearn.learn.run import run_train
 from streamlearn.probes.drift_watch import read_state
 from streamlearn.snapshots.artifact import version
@@ -39,13 +40,25 @@ TOP = Path(__file__).parents[2]  # the repository, where it runs from one
 
 
 def train_role(config: Config, home: "Home", metrics: LearnerMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
-    """Learn until `stop`."""
+    """Learn until `stop`, as one of the processes that torchrun has started, or alone."""
     store, registry = home.store(), home.registry()
     catalog = home.catalog(home.log().log_id)
 
     def open_stream(state: dict[str, Any] | None) -> Stream:
         train = config.train
-        return Stream(config.stream, catalog, store, home.path / "cache", batch=train.batch, state=state, stop=stop, device=train.device)
+        ranks, cache, device = joined(timeout_s=train.ranks_timeout_s), home.path / "cache", device_of(train.device)
+        return Stream(
+            config.stream,
+            catalog,
+            store,
+            cache,
+            batch=train.batch,
+            state=state,
+            stop=stop,
+            device=device,
+            rank=ranks.rank,
+            ranks=ranks.world,
+        )
 
     code = revision()
 
@@ -55,7 +68,8 @@ def train_role(config: Config, home: "Home", metrics: LearnerMetrics, heartbeat:
     warm = partial(read, config.train.init, registry) if config.train.init else None
     gallery = home.path / "history" / "gallery.json"
     sources = Sources(probe=partial(errors, registry, config.plateau_bank), drift=partial(drift, home.path))
-    run_train(config, open_stream, store, send, metrics, heartbeat, stop=stop, gallery=gallery, warm=warm, sources=sources)
+    with meeting(config.train.device, timeout_s=config.train.ranks_timeout_s):
+        run_train(config, open_stream, store, send, metrics, heartbeat, stop=stop, gallery=gallery, warm=warm, sources=sources)
 
 
 def anneal_role(config: Config, trunk: Path, folder: Path, *, share: float, steps: int, name: str, stop: threading.Event) -> str:

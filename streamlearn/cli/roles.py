@@ -99,8 +99,9 @@ def in_this_process(name: str, folder: Path, config: Callable[[], Config]) -> No
 
 def _run(name: str, folder: Path, config: Config, stop: threading.Event) -> None:
     registry = CollectorRegistry()
-    heartbeat = Heartbeat(folder, name)
-    port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
+    first = name != "train" or int(os.environ.get("RANK", "0")) == 0  # torchrun's: the first of the learner's processes speaks for all
+    heartbeat = Heartbeat(folder, name, mute=not first)
+    port = config.metrics_port + ROLES.index(name) if config.metrics_port and first else 0
     heartbeat.beat(metrics_port=serve(port, registry, heartbeat), state="starting", force=True)
     roles = {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate, "serve": _serve}
     roles[name](config, Home(folder, config), registry, heartbeat, stop)

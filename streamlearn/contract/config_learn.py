@@ -74,7 +74,12 @@ class TrainConfig(Section):
     batch: int = Field(default=64, ge=2)  # images in a step
     micro_batch: int = Field(default=0, ge=0)  # images of one process in one forward and backward pass (learn/accumulate.py); 0: all
     threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
-    device: str = "cpu"  # as torch names it
+    device: str = "cpu"  # as torch names it; of several processes each takes its own GPU of "cuda"
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes (docs/scale.md), each has the whole model, or a part of every tensor
+    sync_bn_group: int = Field(
+        default=0, ge=0
+    )  # neighbouring processes that share BatchNorm's statistics; 0, or more than there are: all; 1: none
+    ranks_timeout_s: float = Field(default=1800.0, gt=0)  # a process that the others wait for so long is lost, and all end
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the average, at least; at first (1 + step) / (10 + step)

@@ -24,8 +24,9 @@ def now() -> str:
 class Heartbeat:
     """One role's voice.  A full disk mutes it; the work decides for itself what a full disk means."""
 
-    def __init__(self, home: Path, role: str, *, period_s: float = 0.5):
-        self.role, self.period_s = role, period_s
+    def __init__(self, home: Path, role: str, *, period_s: float = 0.5, mute: bool = False):
+        """`mute`: it writes nothing; one of many processes of a role speaks for all."""
+        self.role, self.period_s, self.mute = role, period_s, mute
         self._status, self._history = home / "status" / f"{role}.json", home / "history" / f"{role}.jsonl"
         self._values: dict[str, Any] = {}
         self._last = self._spoke = time.monotonic() - period_s
@@ -34,7 +35,7 @@ class Heartbeat:
         """Merge `values` into what is known and write it, at most every `period_s` seconds unless forced."""
         self._values |= values
         self._spoke = time.monotonic()
-        if not force and time.monotonic() - self._last < self.period_s:
+        if self.mute or (not force and time.monotonic() - self._last < self.period_s):
             return
         self._last = time.monotonic()
         status = {"role": self.role, "pid": os.getpid(), "at": now()} | self._values
@@ -54,6 +55,8 @@ class Heartbeat:
 
     def history(self, **values: Any) -> None:
         """Append one measurement."""
+        if self.mute:
+            return
         try:
             durable.append_line(self._history, json.dumps({"at": now()} | values))
         except StoreFull as e:

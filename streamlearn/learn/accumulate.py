@@ -16,43 +16,49 @@ Without BatchNorm nothing differs from the whole batch.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from streamlearn.learn.model import Model
 from streamlearn.learn.objectives import Objective
+from streamlearn.learn.parallel import unaveraged
 
 
-def backward(model: Model, objective: Objective, crops: Sequence[Tensor], step: int, *, part: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    model: Model, objective: Objective, crops: Sequence[Tensor], step: int, *, part: int = 0, spread: nn.Module | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Add the gradient of the mean loss over the batch to `.grad`; `part` images at a time, 0: all at once.
 
     crops: one (V_r,B,3,S_r,S_r) a resolution, the first resolution's views assign.  Returns the loss (), each image's (B,), both in
-    nats, and the embeddings (V,B,D), without gradient.
+    nats, and the embeddings (V,B,D), without gradient.  `spread`: what to call in place of the model where it is on many ranks
+    (parallel.py); the model's gradient is then the mean over them.
     """
+    learning = spread or model
     device = next(model.parameters()).device
     num_assign, batch = crops[0].shape[:2]
     if not part or part >= batch:
-        z_VBD = model([crop.to(device, non_blocking=True) for crop in crops])
+        z_VBD = learning([crop.to(device, non_blocking=True) for crop in crops])
         loss_B = objective.losses(z_VBD, objective.targets(z_VBD[:num_assign], step))
         loss = loss_B.mean()
         loss.backward()
         return loss.detach(), loss_B.detach(), z_VBD.detach()
 
-    def embedded(at: int, resolutions: int) -> Tensor:
-        embeddings: Tensor = model([crop[:, at : at + part].to(device, non_blocking=True) for crop in crops[:resolutions]])
+    def embedded(at: int, resolutions: int, by: nn.Module) -> Tensor:
+        embeddings: Tensor = by([crop[:, at : at + part].to(device, non_blocking=True) for crop in crops[:resolutions]])
         return embeddings
 
     assigning = 1 if model.views_apart else len(crops)  # resolutions that the codes depend on
     with torch.no_grad(), buffers_kept(model):
-        z_ABD = torch.cat([embedded(at, assigning)[:num_assign] for at in range(0, batch, part)], dim=1)
+        z_ABD = torch.cat([embedded(at, assigning, model)[:num_assign] for at in range(0, batch, part)], dim=1)
     codes_ABK = objective.targets(z_ABD, step)
     losses, embeddings = [], []
     for at in range(0, batch, part):
-        z_VbD = embedded(at, len(crops))
-        loss_b = objective.losses(z_VbD, codes_ABK[:, at : at + part])
-        (loss_b.sum() / batch).backward()
+        with unaveraged(learning) if at + part < batch else nullcontext():
+            z_VbD = embedded(at, len(crops), learning)
+            loss_b = objective.losses(z_VbD, codes_ABK[:, at : at + part])
+            (loss_b.sum() / batch).backward()
         losses.append(loss_b.detach())
         embeddings.append(z_VbD.detach())
     loss_B = torch.cat(losses)

@@ -24,6 +24,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from streamlearn.learn.parallel import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -45,7 +47,7 @@ class Ema(Generic[M]):
     def update(self, model: nn.Module, step: int, since: int = 0) -> None:
         """After the update from `step` to `step` + 1."""
         decay = self.decay_at(step, since)
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_([local(p) for p in self.model.parameters()], [local(p.detach()) for p in model.parameters()], 1 - decay)
         self._copy_buffers(model, self.model)
 
     def undo_buffers(self, model: nn.Module) -> None:

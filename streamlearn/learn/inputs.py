@@ -83,7 +83,7 @@ class Inputs:
         """Put in force what is to be before the step that comes: what was taken, for the history.  Raises what the thread met."""
         taken = []
         while self.again and self.again[0]["step"] <= state.step:
-            taken.append(self._in_force(state, self.again.pop(0)))
+            taken.append(in_force(state, self.again.pop(0)))
         while not self.again and (fact := self._next()) is not None:
             entry = {"step": state.step, "at": now(), **fact}
             try:
@@ -93,7 +93,7 @@ class Inputs:
                 self._not_before = time.monotonic() + e.after_s
                 break
             self._kept = None
-            taken.append(self._in_force(state, entry))
+            taken.append(in_force(state, entry))
         return taken
 
     def look(self) -> None:
@@ -128,19 +128,6 @@ class Inputs:
             self._kept = fact
         return self._kept if time.monotonic() >= self._not_before else None
 
-    def _in_force(self, state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
-        state.inputs = counted(state.inputs, entry) | {"count": state.inputs.get("count", 0) + 1}
-        kind = entry["kind"]
-        if kind == "command":
-            state.policy.command(entry["action"], entry["value"], state.step)
-        elif kind == "refresh":
-            state.policy.restart(state.step, f"generation {entry['generation']} was cut")
-        elif kind == "drift":
-            state.policy.restart(state.step, f"the content of source {entry['source']} has changed")
-        elif kind == "probe":
-            state.policy.probe(entry["of"], entry["error"])
-        return entry
-
     def _run(self) -> None:
         while not self._stop.is_set():
             wait = self.look_s
@@ -153,6 +140,21 @@ class Inputs:
                 self._news.put(e)
                 return
             self._stop.wait(wait)
+
+
+def in_force(state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
+    """Step 4: of many ranks on every one, as the first tells it."""
+    state.inputs = counted(state.inputs, entry) | {"count": state.inputs.get("count", 0) + 1}
+    kind = entry["kind"]
+    if kind == "command":
+        state.policy.command(entry["action"], entry["value"], state.step)
+    elif kind == "refresh":
+        state.policy.restart(state.step, f"generation {entry['generation']} was cut")
+    elif kind == "drift":
+        state.policy.restart(state.step, f"the content of source {entry['source']} has changed")
+    elif kind == "probe":
+        state.policy.probe(entry["of"], entry["error"])
+    return entry
 
 
 def counted(seen: Mapping[str, Any], fact: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,5 +38,5 @@ class Model(nn.Module):
         """crops: one (V_r,B,3,S_r,S_r) a resolution -> (V,B,D), unit length, V over all resolutions in order."""
         batch = crops[0].shape[1]
         features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
-        z = F.normalize(self.head(features).float(), dim=-1)
-        return z.view(-1, batch, z.shape[-1])
+        # FSDP wants no view for a result
+        return F.normalize(self.head(features).float().unflatten(0, (-1, batch)), dim=-1)

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from streamlearn.contract.config import OptimConfig
+from streamlearn.learn.parallel import local, norms
 
 RUN = 2**26  # elements: 256 MiB put aside; a run costs a dozen launches
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -22,6 +24,8 @@ class LARS(torch.optim.Optimizer):
 
     In foreach form: a handful of launches and one small one a tensor (its own rate), and never a look at a value, so that a GPU
     does not wait for the host; the loop does that twice a tensor.  As in LARC, `.grad` is left rescaled.
+
+    Of sharded tensors (FSDP) each rank moves its own part; norms are those of the whole, one reduction a run.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float, eps: float = 1e-8):
@@ -37,16 +41,17 @@ class LARS(torch.optim.Optimizer):
                 if group["adapt"]:
                     _adapt_(params, grads, group)
                 elif group["weight_decay"]:
-                    torch._foreach_add_(grads, torch._foreach_mul(params, group["weight_decay"]))
-                torch._foreach_add_(params, self._momentum(params, grads, group["momentum"]), alpha=-group["lr"])
+                    torch._foreach_add_([local(g) for g in grads], torch._foreach_mul([local(p) for p in params], group["weight_decay"]))
+                buffers = self._momentum(params, grads, group["momentum"])
+                torch._foreach_add_([local(p) for p in params], [local(b) for b in buffers], alpha=-group["lr"])
 
     def _momentum(self, params: list[Tensor], grads: list[Tensor], momentum: float) -> list[Tensor]:
         """The buffers, this step's gradients in them.  The first gradient is a tensor's first buffer; frozen ones come later."""
         known = ["momentum_buffer" in self.state[p] for p in params]
-        going = [self.state[p]["momentum_buffer"] for p, k in zip(params, known, strict=True) if k]
+        going = [local(self.state[p]["momentum_buffer"]) for p, k in zip(params, known, strict=True) if k]
         if going:
             torch._foreach_mul_(going, momentum)
-            torch._foreach_add_(going, [g for g, k in zip(grads, known, strict=True) if k])
+            torch._foreach_add_(going, [local(g) for g, k in zip(grads, known, strict=True) if k])
         for p, g, k in zip(params, grads, known, strict=True):
             if not k:
                 self.state[p]["momentum_buffer"] = g.clone()
@@ -71,7 +76,8 @@ def runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _adapt_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any]) -> None:
     """Gradients as LARC rescales them, in place.  The norms stand in two vectors, so what is chosen by value is chosen by `where`."""
-    decay, p_norms, g_norms = group["weight_decay"], torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+    decay, p_norms, g_norms = group["weight_decay"], *norms([*params, *grads]).chunk(2)
+    params, grads = [local(p) for p in params], [local(g) for g in grads]
     moved = (p_norms != 0) & (g_norms != 0)
     rates = torch.where(moved, group["trust"] * p_norms / (g_norms + p_norms * decay + group["eps"]), 1.0)
     decays = torch.where(moved, torch.full_like(rates, decay), 0.0)
@@ -87,10 +93,11 @@ def build_optimizer(config: OptimConfig, *modules: nn.Module) -> torch.optim.Opt
         groups.append({"params": left_out, "weight_decay": 0.0} | ({"adapt": False} if config.kind == "lars" else {}))
     if config.kind == "lars":
         return LARS(groups, config.lr, config.momentum, config.weight_decay, config.trust)
+    foreach = not any(isinstance(p, DTensor) for p in whole)  # torch's do not take shards and whole tensors in one list
     if config.kind == "adamw":
         betas = (config.momentum, config.second_beta)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, foreach=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, foreach=foreach)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=foreach)
 
 
 def parted(modules: Sequence[nn.Module], exclude: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:

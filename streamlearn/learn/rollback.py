@@ -32,12 +32,12 @@ class GivenUp(ConfigError):
 
 def roll_back(config: Config, checkpoints: Checkpoints, ill: Ill) -> dict[str, Any]:
     """Steps 1 to 3; what was done, for the record.  Raises GivenUp."""
-    saved = checkpoints.load(sound_at=ill.since)
+    state = fresh_state(config)
+    saved = checkpoints.load(sound_at=ill.since, room=state.room())
     if saved is None:
         raise GivenUp(
             f"step {ill.step}: {ill}; there is no sound checkpoint to go back to. Mend the cause, and start with a new home"
         ) from ill
-    state = fresh_state(config)
     state.load_state_dict(saved)
     row = in_a_row([*state.rollbacks, [state.step, ill.step, str(ill)]])
     if row > config.train.max_rollbacks:

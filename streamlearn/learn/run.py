@@ -2,13 +2,18 @@
 
 At every `snapshot_steps` the checkpoint is committed first, then the snapshot is published from it.  A learner killed between
 the two publishes it when it comes back (the same state gives the same bytes, so publishing twice is publishing once).
+
+Of many ranks (docs/scale.md) each runs this.  Before every step they meet: whether all have their part of the batch, whether any was told to stop,
+and what the first has taken from outside.  So all take the same steps, in force of the same orders; only the first speaks and publishes.
 """
 
 import json
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import ConfigError, Retryable
+from streamlearn.contract.errors import ConfigError, Corrupt, Retryable
 from streamlearn.contract.export import Export, WarmStart
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
@@ -25,7 +30,10 @@ from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.ema import batchnorms, calibrated
 from streamlearn.learn.guard import Ill
-from streamlearn.learn.inputs import Inputs, Sources
+from streamlearn.learn.inputs import Inputs, Sources, in_force
+from streamlearn.learn.model import Model
+from streamlearn.learn.parallel import same_buffers, whole
+from streamlearn.learn.ranks import joined
 from streamlearn.learn.recorder import Recorder
 from streamlearn.learn.rollback import roll_back
 from streamlearn.learn.seams import Publish, Stream
@@ -57,12 +65,13 @@ def run_train(
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    ranks = joined(timeout_s=config.train.ranks_timeout_s)
     while True:
-        checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints)
+        checkpoints = Checkpoints(store, keep=config.train.keep_checkpoints, ranks=ranks, timeout_s=config.train.ranks_timeout_s)
         state = resume(config, checkpoints, heartbeat, warm)
         stream = open_stream(state.stream or None)
         recorder = Recorder(config, state, metrics, heartbeat, stream)
-        inputs = Inputs(store, state, sources) if sources is not None else None
+        inputs = Inputs(store, state, sources) if sources is not None and ranks.first else None
         learner = Learner(config, state, stream, checkpoints, publish=publish, recorder=recorder, stop=stop, gallery=gallery, inputs=inputs)
         try:
             if inputs is not None:
@@ -82,14 +91,10 @@ def run_train(
 def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm: Callable[[], WarmStart] | None = None) -> TrainState:
     """The newest sound checkpoint, or step 0: at random, or as `warm` says."""
     state = fresh_state(config)
-    saved = checkpoints.load()
+    saved = checkpoints.load(room=state.room())
     if saved is None:
         logger.info("starting at step 0")
-        if warm is not None:
-            taken = warm_start(state, config, warm())
-            logger.info("warm start: %s", taken)
-            heartbeat.history(event="warm_start", step=0, **taken)
-        return state
+        return state if warm is None else fresh_state(config, partial(warmed, config=config, heartbeat=heartbeat, warm=warm))
     try:
         state.load_state_dict(saved)
         state.policy.reconfigured(saved["policy"], state.step)
@@ -102,6 +107,12 @@ def resume(config: Config, checkpoints: Checkpoints, heartbeat: Heartbeat, warm:
     logger.info("going on from step %d, %d halvings, cursor %s", state.step, len(state.policy.halvings), state.stream.get("cursor"))
     heartbeat.history(event="resumed", step=state.step)
     return state
+
+
+def warmed(state: TrainState, config: Config, heartbeat: Heartbeat, warm: Callable[[], WarmStart]) -> None:
+    taken = warm_start(state, config, warm())
+    logger.info("warm start: %s", taken)
+    heartbeat.history(event="warm_start", step=0, **taken)
 
 
 class Learner:
@@ -122,7 +133,8 @@ class Learner:
     ):
         self.config, self.state, self.stream, self.checkpoints = config, state, stream, checkpoints
         self.publish, self.recorder, self.stop, self.gallery = publish, recorder, stop, gallery
-        self.inputs = inputs
+        self.over = False  # some rank is at its end
+        self.inputs, self.ranks = inputs, state.objective.ranks
 
     def run(self) -> None:
         if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.state.sound:
@@ -133,32 +145,78 @@ class Learner:
             train(self.state, self.batches(), [self.recorder.look, self.save], **limits)
         finally:
             self.checkpoints.wait()
-        if self.state.step != self.checkpoints.last_step and self.state.step:
+        if self.ranks.told(self.state.step != self.checkpoints.last_step and self.state.step > 0):
             self.recorder.beat(self.state, "stopping", force=True)
-            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True, sound=self.state.sound)
+            self.checkpoint(wait=True)
         self.recorder.checkpointed(self.checkpoints)
         logger.info("stopped at step %d", self.state.step)
 
     def batches(self) -> Iterator[Batch]:
         limit = self.config.train.max_steps
         for batch in self.stream.batches():
-            if self.stop.is_set() or (limit and self.state.step >= limit):
+            over = self.stop.is_set() or bool(limit and self.state.step >= limit)
+            while not (go := self.meet(ready=batch is not None, over=over)) and not over and not self.over and batch is not None:
+                self.recorder.waits(self.state)  # others wait for their parts
+                over = self.stop.is_set()
+            if over or self.over:
                 return
-            if batch is None:
+            if batch is None or not go:
                 self.recorder.waits(self.state)
                 continue
             self.recorder.waited(batch.wait_s)
-            if self.inputs is not None:
-                self.recorder.took(self.inputs.take(self.state))
             yield batch
             if limit and self.state.step >= limit:
                 return
+        self.meet(ready=False, over=True)
+
+    def meet(self, *, ready: bool, over: bool) -> bool:
+        """Between two steps, all ranks: whether all are ready for the next.  Sets `over` where one of them is at its end."""
+        rate = self.state.policy.rate(self.state.step)  # before the first rank has taken anything
+        news = self.inputs.take(self.state) if self.inputs is not None and ready and not over else []
+        if self.ranks.world > 1:
+            where = zlib.crc32(repr((self.state.step, rate)).encode())
+            waits, ends, told, high, low = self.ranks.agreed(not ready, over, len(news), where, -where)
+            if high != -low:
+                raise Corrupt("the ranks are not at the same step, or have different rates: a fault of streamlearn's; start them again")
+            if told:
+                news = self.ranks.told(news)
+                if not self.ranks.first:
+                    for entry in news:
+                        in_force(self.state, entry)
+            ready, self.over = not waits, bool(ends)
+        self.recorder.took(news)
+        return ready
+
+    def by_first(self, work: Callable[[], None]) -> None:
+        """What only the first rank does, however long it takes; the others wait for it."""
+        if self.ranks.first:
+            work()
+            self.heed(done=True)
+        while not self.ranks.first and not self.heed(done=False):
+            pass
+
+    def heed(self, *, done: bool) -> bool:
+        """Whether the first rank is done; all are stopped where one was told to stop."""
+        ended, stopped = self.ranks.agreed(done, self.stop.is_set())
+        if stopped:
+            self.stop.set()
+        return bool(ended)
+
+    def pause(self, seconds: float) -> bool:
+        """Of the first, in the middle of its work.  True: told to stop."""
+        self.heed(done=False)
+        return self.stop.wait(seconds)
+
+    def checkpoint(self, *, wait: bool) -> None:
+        if self.ranks.world > 1:
+            same_buffers(self.state.model, self.state.ema.model)
+        self.checkpoints.save(self.state.state_dict(), self.state.step, wait=wait, sound=self.state.sound)
 
     def save(self, state: TrainState, step: Step) -> None:
         """A watcher: checkpoints and snapshots at their steps."""
         publish_now = state.step % self.config.train.snapshot_steps == 0
         if publish_now or state.step % self.config.train.checkpoint_steps == 0:
-            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now, sound=state.sound)
+            self.checkpoint(wait=publish_now)
             self.recorder.checkpointed(self.checkpoints)
         if publish_now and state.sound:
             self.snapshot()
@@ -166,7 +224,16 @@ class Learner:
             self.recorder.withheld(state)
 
     def snapshot(self) -> None:
-        """Publish the averaged, calibrated weights of this very step; wait out a full store, or a registry that cannot be reached."""
+        """Publish the averaged weights of this very step."""
+        average, weights = self.state.ema.model, whole(self.state.ema.model)  # of shards all ranks make the whole together
+        if weights:
+            average = Model(self.config.model)
+            average.load_state_dict(weights)
+            average.to(self.state.objective.prototypes.weight.device)
+        self.by_first(partial(self.send, average))
+
+    def send(self, average: Model) -> None:
+        """Calibrated; wait out a full store, or a registry that cannot be reached."""
         refs = self.stream.sample(self.state.stream, self.config.train.bn_images)
         size = self.config.stream.crops[0].size
         images = self.calibration(refs, size)
@@ -175,8 +242,8 @@ class Learner:
         if len(images) < 2 and batchnorms(self.state.model.trunk):
             logger.error("no snapshot of step %d: %d images to calibrate BatchNorm on", self.state.step, len(images))
             return
-        device = next(self.state.model.parameters()).device
-        trunk = calibrated(self.state.ema.model.trunk, images.to(device))
+        device = next(average.parameters()).device
+        trunk = calibrated(average.trunk, images.to(device))
         export = self.export({k: v.cpu() for k, v in trunk.state_dict().items()}, size)
         began = time.monotonic()
         while True:
@@ -185,11 +252,11 @@ class Learner:
                 break
             except Retryable as e:
                 logger.error("snapshot of step %d waits: %s", self.state.step, e)
-                if self.stop.wait(e.after_s) or time.monotonic() - began > FULL_LIMIT_S:
+                if self.pause(e.after_s) or time.monotonic() - began > FULL_LIMIT_S:
                     raise
         self.recorder.published(self.state, tag, digest)
         if self.gallery is not None and len(images):
-            self.show_prototypes(trunk, images, refs)
+            self.show_prototypes(average.head, trunk, images, refs)
 
     def calibration(self, refs: list[str], size: int) -> Tensor | None:
         """The images; None where the learner is told to stop before it has them: the next start publishes."""
@@ -198,7 +265,7 @@ class Learner:
                 return self.stream.eval_images(refs, size)
             except Retryable:
                 self.recorder.waits(self.state)
-                if self.stop.wait(1.0):  # the stream itself goes on trying, in its own time
+                if self.pause(1.0):  # the stream itself goes on trying, in its own time
                     return None
 
     def export(self, weights: dict[str, Tensor], size: int) -> Export:
@@ -236,12 +303,12 @@ class Learner:
         )
 
     @torch.no_grad()
-    def show_prototypes(self, trunk: torch.nn.Module, images: Tensor, refs: list[str]) -> None:
+    def show_prototypes(self, head: torch.nn.Module, trunk: torch.nn.Module, images: Tensor, refs: list[str]) -> None:
         """The most typical images of the most used prototypes, for the report: references, not pictures."""
         assert self.gallery is not None
-        head = self.state.ema.model.head.eval()
+        head.eval()
         z = torch.nn.functional.normalize(head(torch.cat([trunk(chunk) for chunk in images.split(128)])), dim=1)
-        self.state.ema.model.train()
+        head.train()
         scores_NK = z @ self.state.objective.prototypes.weight.T
         use = torch.bincount(scores_NK.argmax(1), minlength=scores_NK.shape[1])
         chosen = use.topk(min(GALLERY[0], len(use))).indices

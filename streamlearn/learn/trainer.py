@@ -12,6 +12,8 @@ from torch import Tensor
 from streamlearn.learn.accumulate import backward
 from streamlearn.learn.guard import LOOK_EVERY, Ill
 from streamlearn.learn.objectives import parameters_of
+from streamlearn.learn.parallel import norms
+from streamlearn.learn.ranks import Ranks
 from streamlearn.learn.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,13 @@ class Batch(Protocol):
     def fresh(self) -> Tensor:
         """(B,) bool: learnt for the first time."""
 
+    @property
+    def named(self) -> Tensor:
+        """(B,) bool: the image is the one that was planned, and no stand-in."""
+
     def taken(self, features_BD: Tensor | None, /) -> dict[str, Any]:
-        """Where the stream stands once this batch is taken.  It is told what the images looked like, for its choice of what to replay."""
+        """Where the stream stands once this batch is taken.  It is told what the images looked like, for its choice of what to replay:
+        all of the batch's on every rank."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Step:
     rate: float
     sound: bool
     halved: bool
-    z_BD: Tensor  # embeddings of the first view
+    z_BD: Tensor  # embeddings of the first view, of all ranks
     skipped: bool = False  # not learnt, for it is of a bad stretch
 
 
@@ -64,28 +71,28 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        loss, loss_B, z_VBD = backward(state.model, state.objective, batch.crops, state.step, part=micro_batch)
+        loss, loss_B, z_VBD = backward(state.model, state.objective, batch.crops, state.step, part=micro_batch, spread=state.spread)
         state.objective.before_step(state.step)  # frozen prototypes lose their gradient here
+        average_gradients(state)
+        seen = together(state.objective.ranks, batch, loss, loss_B, z_VBD)
         norm = gradient_norm(parameters)
-        sound = bool(torch.isfinite(loss + norm))  # one look, before anything moves
+        sound = bool(torch.isfinite(seen.loss + norm))  # one look, before anything moves; what it looks at is the same on all ranks
         halved = False
         if sound:
             state.optimizer.step()
             state.objective.after_step(state.step)
             state.ema.update(state.model, state.step, state.policy.steady_since)
-            prequential = float(loss_B[batch.fresh].mean())
-            if batch.fresh.any():
+            prequential = float(seen.loss_B[seen.fresh_B].mean())
+            if seen.fresh_B.any():
                 halved = state.policy.observe(prequential, state.step)
         else:
             prequential = float("nan")
             state.ema.undo_buffers(state.model)
-        # the mean direction of the assigning views; the stream keeps a moving average of it (MinRed)
-        features_BD = F.normalize(z_VBD[: len(batch.crops[0])].sum(0), dim=-1)
-        state.stream = batch.taken(features_BD if sound else None)
-        count(state, batch, sound, max_bad)
+        state.stream = batch.taken(seen.features_BD if sound else None)
+        count(state, seen.fresh_B, sound, max_bad)
         if sound:
-            watch(state, float(loss), z_VBD[0])
-        step = Step(float(loss), prequential, float(norm), rate, sound, halved, z_VBD[0])
+            watch(state, float(seen.loss), seen.z_BD)
+        step = Step(float(seen.loss), prequential, float(norm), rate, sound, halved, seen.z_BD)
         for look in watchers:
             look(state, step)
 
@@ -110,11 +117,40 @@ def watch(state: TrainState, loss: float, z_BD: Tensor) -> None:
         raise
 
 
-def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
+@dataclass(frozen=True)
+class Seen:
+    """What a batch showed, the parts of all ranks in their order: the same, to the last bit, on every one."""
+
+    loss: Tensor  # ()
+    loss_B: Tensor
+    fresh_B: Tensor  # bool
+    features_BD: Tensor  # the mean direction of the assigning views; the stream keeps a moving average of it (MinRed)
+    z_BD: Tensor  # of the first view
+
+
+def together(ranks: Ranks, batch: Batch, loss: Tensor, loss_B: Tensor, z_VBD: Tensor) -> Seen:
+    """One collective for all."""
+    features_BD = F.normalize(z_VBD[: len(batch.crops[0])].sum(0), dim=-1)
+    if ranks.world == 1:
+        return Seen(loss, loss_B, batch.fresh, features_BD, z_VBD[0])
+    flags_B2 = torch.stack([batch.fresh, batch.named], dim=1).to(loss_B)
+    told = ranks.gathered(torch.cat([loss_B[:, None], flags_B2, features_BD, z_VBD[0]], dim=1)[None])[0]
+    features_BD, z_BD = told[:, 3:].chunk(2, dim=1)
+    return Seen(told[:, 0].mean(), told[:, 0], told[:, 1] > 0, features_BD * told[:, 2:3], z_BD)
+
+
+def average_gradients(state: TrainState) -> None:
+    """The objective's own, over the ranks; the model's are averaged while they are made (parallel.py)."""
+    for p in state.objective.parameters() if state.objective.ranks.world > 1 else ():
+        if p.grad is not None:
+            state.objective.ranks.total_of_all(p.grad).div_(state.objective.ranks.world)
+
+
+def count(state: TrainState, fresh_B: Tensor, sound: bool, max_bad: int) -> None:
     """The batch is taken, whether or not it could be learnt: the sequence goes on."""
     state.step += 1
-    state.images += len(batch.fresh)
-    state.fresh += int(batch.fresh.sum())
+    state.images += len(fresh_B)
+    state.fresh += int(fresh_B.sum())
     state.bad_steps += not sound
     state.bad_in_a_row = 0 if sound else state.bad_in_a_row + 1
     if not sound:
@@ -126,7 +162,6 @@ def count(state: TrainState, batch: Batch, sound: bool, max_bad: int) -> None:
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """() norm over all gradients, without a host sync."""
-    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    """() norm over all gradients, whole ones, without a host sync."""
+    norm: Tensor = torch.linalg.vector_norm(norms([p.grad for p in parameters if p.grad is not None]))
     return norm

@@ -38,26 +38,27 @@ def test_a_recipe_is_what_it_prints_and_says_where_each_number_is_from(name):
         assert at == setting.value, setting.key
 
 
-# head, between its layers, epsilon, batch, warm-up, rate before and after it, weight decay: training.md 1b as VISSL and the run names have it
+# head, between its layers, epsilon, batch, SyncBN group, warm-up, rate before and after it, weight decay: training.md 1b (VISSL, run names)
 SEER = {
-    "seer-regnety-8gf": ((4096, 4096, 256), "bn", 0.05, 4096, 6250, 0.3, 4.8, 1e-6),
-    "seer-regnety-16gf": ((4096, 4096, 256), "bn", 0.05, 4096, 6250, 0.3, 4.8, 1e-6),
-    "seer-regnety-32gf": ((4096, 4096, 256), "bn", 0.05, 4096, 6250, 0.3, 4.8, 1e-6),
-    "seer-regnety-64gf": ((8192, 8192, 256), "none", 0.05, 4096, 8000, 0.3, 4.8, 1e-6),
-    "seer-regnety-128gf": ((8192, 8192, 256), "none", 0.05, 4096, 8000, 0.3, 4.8, 1e-6),
-    "seer-regnety-256gf": ((8192, 8192, 256), "none", 0.05, 8192, 8000, 0.15, 9.6, 1e-5),
-    "seer-10b": ((8192, 8192, 256), "none", 0.03, 7936, 5434, 0.3, 9.3, 1e-5),
+    "seer-regnety-8gf": ((4096, 4096, 256), "bn", 0.05, 4096, 32, 6250, 0.3, 4.8, 1e-6),
+    "seer-regnety-16gf": ((4096, 4096, 256), "bn", 0.05, 4096, 32, 6250, 0.3, 4.8, 1e-6),
+    "seer-regnety-32gf": ((4096, 4096, 256), "bn", 0.05, 4096, 32, 6250, 0.3, 4.8, 1e-6),
+    "seer-regnety-64gf": ((8192, 8192, 256), "none", 0.05, 4096, 64, 8000, 0.3, 4.8, 1e-6),
+    "seer-regnety-128gf": ((8192, 8192, 256), "none", 0.05, 4096, 64, 8000, 0.3, 4.8, 1e-6),
+    "seer-regnety-256gf": ((8192, 8192, 256), "none", 0.05, 8192, 64, 8000, 0.15, 9.6, 1e-5),
+    "seer-10b": ((8192, 8192, 256), "none", 0.03, 7936, 8, 5434, 0.3, 9.3, 1e-5),
 }
 
 
 @pytest.mark.parametrize("name", SEER)
 def test_seers_numbers_are_the_published_ones(name):
     config = resolved(name)
-    head, norm, epsilon, batch, warmup, start, peak, decay = SEER[name]
+    head, norm, epsilon, batch, group, warmup, start, peak, decay = SEER[name]
     objective, optim = config.objective, config.train.optim.for_batch(config.train.batch)
     assert config.model.backbone == name.removeprefix("seer-").replace("10b", "regnety-10b")
     assert (config.model.head, config.model.head_norm, objective.epsilon, config.train.batch) == (head, norm, epsilon, batch)
     assert (optim.warmup_steps, optim.weight_decay) == (warmup, decay)
+    assert config.train.sync_bn_group == group and batch % group == 0
     assert (optim.lr * optim.warmup_start, optim.lr) == (pytest.approx(start, rel=1e-5), pytest.approx(peak))
     assert (objective.prototypes, objective.sinkhorn_iterations, objective.temperature, objective.queue) == (16000, 10, 0.1, 0)
     assert objective.freeze_prototypes == 313

@@ -26,6 +26,15 @@ class FakeBatch:
     state: dict
     wait_s: float = 0.0
 
+    @property
+    def named(self):
+        return torch.ones_like(self.fresh)
+
+    def part(self, rank, ranks):
+        """One rank's."""
+        own = slice(rank * len(self.fresh) // ranks, (rank + 1) * len(self.fresh) // ranks)
+        return FakeBatch(tuple(crop[:, own] for crop in self.crops), self.fresh[own], self.state)
+
     def taken(self, features_BD):
         return self.state
 
