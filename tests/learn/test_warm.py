@@ -125,7 +125,7 @@ def test_a_checkpoint_of_before_there_was_an_origin_is_gone_on_from(tmp_path):
     class Old:
         last_step = 2
 
-        def load(self):
+        def load(self, room):
             return {name: part for name, part in state.state_dict().items() if name != "origin"}
 
     from streamlearn.contract.status import Heartbeat
