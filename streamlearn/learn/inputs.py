@@ -13,8 +13,9 @@ Killed after   what is left                                 who mends it
                                                             same step: the sequence is that of a run that was never killed
   6            nothing
 
-So each is taken exactly once in the sequence that the weights have been through.  A learner is alone in its home, so only one writes inputs.  A put
-whose reply is lost is done again with a later step; the learner had not taken it before, so nothing was learnt under it.
+So each is taken exactly once in the sequence that the weights have been through.  A rollback settles those of the steps it passes over
+(rollback.py).  A learner is alone in its home, so only one writes inputs.  A put whose reply is lost is done again with a later step; the learner had
+not taken it before, so nothing was learnt under it.
 """
 
 import json
@@ -83,7 +84,7 @@ class Inputs:
         """Put in force what is to be before the step that comes: what was taken, for the history.  Raises what the thread met."""
         taken = []
         while self.again and self.again[0]["step"] <= state.step:
-            taken.append(self._in_force(state, self.again.pop(0)))
+            taken.append(in_force(state, self.again.pop(0)))
         while not self.again and (fact := self._next()) is not None:
             entry = {"step": state.step, "at": now(), **fact}
             try:
@@ -93,7 +94,7 @@ class Inputs:
                 self._not_before = time.monotonic() + e.after_s
                 break
             self._kept = None
-            taken.append(self._in_force(state, entry))
+            taken.append(in_force(state, entry))
         return taken
 
     def look(self) -> None:
@@ -128,19 +129,6 @@ class Inputs:
             self._kept = fact
         return self._kept if time.monotonic() >= self._not_before else None
 
-    def _in_force(self, state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
-        state.inputs = counted(state.inputs, entry) | {"count": state.inputs.get("count", 0) + 1}
-        kind = entry["kind"]
-        if kind == "command":
-            state.policy.command(entry["action"], entry["value"], state.step)
-        elif kind == "refresh":
-            state.policy.restart(state.step, f"generation {entry['generation']} was cut")
-        elif kind == "drift":
-            state.policy.restart(state.step, f"the content of source {entry['source']} has changed")
-        elif kind == "probe":
-            state.policy.probe(entry["of"], entry["error"])
-        return entry
-
     def _run(self) -> None:
         while not self._stop.is_set():
             wait = self.look_s
@@ -153,6 +141,27 @@ class Inputs:
                 self._news.put(e)
                 return
             self._stop.wait(wait)
+
+
+def in_force(state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
+    """Step 4 and 6; `entry`."""
+    state.inputs = counted(state.inputs, entry) | {"count": state.inputs.get("count", 0) + 1}
+    kind = entry["kind"]
+    if kind == "command":
+        state.policy.command(entry["action"], entry["value"], state.step)
+    elif kind == "refresh":
+        state.policy.restart(state.step, f"generation {entry['generation']} was cut")
+    elif kind == "drift":
+        state.policy.restart(state.step, f"the content of source {entry['source']} has changed")
+    elif kind == "probe":
+        state.policy.probe(entry["of"], entry["error"])
+    return entry
+
+
+def settle(store: ObjectStore, state: TrainState) -> None:
+    """Take at once what was taken after the checkpoint: by a rollback, which passes over the steps it belonged to.  Raises Retryable, Corrupt."""
+    while (entry := read_input(store, state.inputs.get("count", 0) + 1)) is not None:
+        in_force(state, entry)
 
 
 def counted(seen: Mapping[str, Any], fact: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.ema import batchnorms, calibrated
-from streamlearn.learn.guard import Ill
+from streamlearn.learn.guard import Ill, sound
 from streamlearn.learn.inputs import Inputs, Sources
 from streamlearn.learn.recorder import Recorder
 from streamlearn.learn.rollback import roll_back
@@ -125,7 +125,7 @@ class Learner:
         self.inputs = inputs
 
     def run(self) -> None:
-        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.state.sound:
+        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and sound(self.state):
             self.snapshot()  # the one that a kill may have prevented; else it is there already
         self.recorder.beat(self.state, "learning", force=True)
         try:
@@ -135,7 +135,7 @@ class Learner:
             self.checkpoints.wait()
         if self.state.step != self.checkpoints.last_step and self.state.step:
             self.recorder.beat(self.state, "stopping", force=True)
-            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True, sound=self.state.sound)
+            self.checkpoints.save(self.state.state_dict(), self.state.step, wait=True, sound=sound(self.state))
         self.recorder.checkpointed(self.checkpoints)
         logger.info("stopped at step %d", self.state.step)
 
@@ -157,10 +157,12 @@ class Learner:
     def save(self, state: TrainState, step: Step) -> None:
         """A watcher: checkpoints and snapshots at their steps."""
         publish_now = state.step % self.config.train.snapshot_steps == 0
-        if publish_now or state.step % self.config.train.checkpoint_steps == 0:
-            self.checkpoints.save(state.state_dict(), state.step, wait=publish_now, sound=state.sound)
-            self.recorder.checkpointed(self.checkpoints)
-        if publish_now and state.sound:
+        if step.skipped or not (publish_now or state.step % self.config.train.checkpoint_steps == 0):
+            return  # a skipped stretch must not push the checkpoints before it out of the newest K: the next rollback may need them
+        well = sound(state)
+        self.checkpoints.save(state.state_dict(), state.step, wait=publish_now, sound=well)
+        self.recorder.checkpointed(self.checkpoints)
+        if publish_now and well:
             self.snapshot()
         elif publish_now:
             self.recorder.withheld(state)
