@@ -12,7 +12,7 @@ The role `train` itself (learn/run.py) on CIFAR-10 as a stream, with checkpoints
     constant  --burst steps of one gray image: a site that serves the same placeholder for everything
     pairs     --burst steps of pairs whose second view is another image's: what label noise is to SwAV, whose label is the other view's code
     lr        an order of --factor times the rate
-    overflow  an order of a rate at which the first update is beyond float32: the weights are not finite after a step that was
+    overflow  an order of a rate whose first update breaks the weights: its own loss and gradient were finite
 
 Printed for each arm: whether a rollback came, how many steps after the fault began, the checkpoint it went back to, steps skipped, the rate's halvings,
 and k-NN of the last published snapshot less that of the run without fault after as many sound steps (taken, learnt and not undone).
@@ -121,7 +121,7 @@ def config_of(seed: int, args: argparse.Namespace) -> Config:
 
 def order(arm: str, store: FolderStore, config: Config, args: argparse.Namespace) -> None:
     """As a learner leaves it that took it before that step and was killed: the step is certain, whatever the time a step takes."""
-    rate = config.train.optim.lr * args.factor if arm == "lr" else 1e30
+    rate = config.train.optim.lr * args.factor if arm == "lr" else 1e38
     number = send(store, Order("set", rate, by="ann@desk"))
     told = {"step": args.at, "at": "", "kind": "command", "number": number, "action": "set", "value": rate, "by": "ann@desk", "reason": ""}
     store.put(input_key(number), json.dumps(told).encode())

@@ -49,7 +49,7 @@ def roll_back(config: Config, checkpoints: Checkpoints, ill: Ill) -> dict[str, A
     state.skip_until = ill.step
     settle(checkpoints.store, state)
     raised = state.policy.full > rates[0]
-    halved = row > 1 or (ill.halve and not raised)
+    halved = (row > 1 or ill.halve) and not raised
     state.policy.retreat(state.step, at_most=min(rates), halve=halved)
     checkpoints.replace(state.state_dict(), state.step)
     rate = state.policy.full

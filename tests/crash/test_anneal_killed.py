@@ -23,6 +23,7 @@ from streamlearn.learn.checkpoint import Checkpoints
 from tests.conftest import REPO
 from tests.learn.world import same
 
+pytestmark = pytest.mark.timeout(900)  # a dozen processes that import torch
 FIRST, BRANCH, ON = 60, 6, 66  # the trunk's step, steps of the branch (share 0.1), where the trunk goes on to
 
 
@@ -45,7 +46,7 @@ def streamlearn(*args):
 
 
 def done(process):
-    out, errors = process.communicate(timeout=280)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return out
 
@@ -98,8 +99,8 @@ def test_a_tenth_is_annealed_and_published_and_the_trunk_goes_on_bit_for_bit(tru
     before = digests(home)
     out = done(streamlearn("train", "anneal", release, "--home", home, "--share", 0.1))
     assert digests(home) == before and newest(release) == FIRST + BRANCH
-    [(tag, _)] = weights(release).items()
-    assert tag in out and f"0.{FIRST + BRANCH}.0" == tag and not (home / "registry").exists()
+    tag, found = f"0.{FIRST + BRANCH}.0", weights(release)
+    assert tag in out and set(found) == {tag, "candidate"} and len(set(found.values())) == 1 and not (home / "registry").exists()
     lines = list(read_lines(release / "history" / "train.jsonl"))
     branch = Checkpoints(FolderStore(release / "store"), keep=3).load()
     assert branch["policy"]["anneal"] == [FIRST, BRANCH] and [e["tag"] for e in lines if e.get("event") == "snapshot"] == [tag]
@@ -131,7 +132,7 @@ def test_killed_again_and_again_nothing_half_is_published_and_the_same_command_e
         (release / "registry" / "blobs").exists,  # it is being published
     ):
         killed(release, trunk, steps, reached)
-        assert weights(release) in ({}, weights(whole))
+        assert weights(release).items() <= weights(whole).items()  # each tag that is there is of the whole thing
     assert newest(release) == FIRST + steps
     done(streamlearn("train", "anneal", release, "--home", trunk, "--steps", steps))
-    assert weights(release) == weights(whole) and len(weights(whole)) == 1 and digests(trunk) == before
+    assert weights(release) == weights(whole) and f"0.{FIRST + steps}.0" in weights(whole) and digests(trunk) == before

@@ -1,20 +1,28 @@
 """What a rollback does to the rate and to an operator's orders, and how far it goes back."""
 
 import json
+import threading
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from streamlearn.contract.durable import read_lines
+from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.orders import Order, input_key, send
+from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.guard import sound
 from streamlearn.learn.inputs import Sources
+from streamlearn.learn.recorder import Recorder
 from streamlearn.learn.rollback import GivenUp
+from streamlearn.learn.run import Learner
 from streamlearn.learn.state import fresh_state
+from streamlearn.learn.trainer import Step
 from tests.learn.test_guard import life, rollbacks
-from tests.learn.world import same, small_config
+from tests.learn.test_run import Shelf
+from tests.learn.world import PlainStream, same, small_config
 
 GRAY = range(34, 56)  # found at 50 to 60, gone back from to 30
 
@@ -73,12 +81,23 @@ def test_killed_after_a_rollback_that_settled_an_order_it_learns_what_one_that_w
     assert same(whole.state_dict(), state.state_dict()) == set()
 
 
-def test_a_rate_that_breaks_the_weights_in_one_update_is_undone_with_the_order_and_survived(tmp_path):
-    """The update is of a gradient that was finite, and a checkpoint follows at once: it must not be taken for a sound one."""
-    ordered(tmp_path, 19, "set", 3e38)
-    state = lived(tmp_path, 50)
-    assert rollbacks(tmp_path) == [(10, 23, False)] and told(tmp_path)[0]["order_undone"]
-    assert state.policy.full == 0.5 and sound(state) and state.skipped == 13
+def test_a_rate_that_breaks_the_weights_right_before_a_checkpoint_is_undone_with_its_order(tmp_path):
+    """The weights are finite, and worth nothing: going back to that checkpoint does not help, so it goes back further."""
+    ordered(tmp_path, 19, "set", 1e38)
+    state = lived(tmp_path, 40)
+    assert rollbacks(tmp_path) == [(20, 23, False), (10, 26, False)] and told(tmp_path)[-1]["order_undone"]
+    assert state.policy.full == 0.5 and sound(state) and state.skipped == 16 and state.step == 40
+
+
+def test_weights_that_are_not_finite_are_neither_published_nor_gone_back_to_though_no_step_has_met_them_yet(tmp_path):
+    config = small_config(checkpoint_steps=5, snapshot_steps=5, bn_images=8)
+    state, stream, stop, shelf = fresh_state(config), PlainStream(None, 100), threading.Event(), Shelf()
+    kept, state.step = Checkpoints(FolderStore(tmp_path), keep=3), 5
+    next(state.model.parameters()).data.view(-1)[0] = float("inf")
+    recorder = Recorder(config, state, LearnerMetrics(CollectorRegistry()), Heartbeat(tmp_path, "train", period_s=0), stream)
+    learner = Learner(config, state, stream, kept, publish=shelf, recorder=recorder, stop=stop, gallery=None)
+    learner.save(state, Step(1.0, 1.0, 1.0, 0.1, True, False, torch.zeros(1, 1)))
+    assert kept.load()["step"] == 5 and kept.load(sound_at=9) is None and shelf.exports == {}
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "objective"])
