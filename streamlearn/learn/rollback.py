@@ -62,6 +62,8 @@ def roll_back(config: Config, checkpoints: Checkpoints, ill: Ill) -> dict[str, A
 def found(config: Config, checkpoints: Checkpoints, ill: Ill) -> tuple[TrainState, list[float]]:
     """Step 1: the state, with all rollbacks there were, and the rates that must not be exceeded: the one there, and where rollbacks have led since."""
     saved = checkpoints.load(sound_at=ill.since)
+    if saved is None:  # no longer kept; what was written after that and was not suspected yet is better than nothing
+        saved = checkpoints.load(sound_at=ill.step)
     if saved is None:
         raise GivenUp(
             f"step {ill.step}: {ill}; there is no sound checkpoint to go back to. Mend the cause, and start with a new home"
