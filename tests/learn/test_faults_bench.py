@@ -7,6 +7,7 @@ import pytest
 
 from bench.faults import file_of, main
 
+pytestmark = pytest.mark.timeout(900)
 SMALL = dict(
     steps=60, at=30, burst=20, factor=100.0, fresh=1.0, capacity=64, round=160, batch=16, bank=60, test=60, checkpoint=5, snapshot=30
 )
