@@ -11,7 +11,7 @@ TOPIC = "candidates"
 
 
 def open_home(home: Path) -> tuple[DeltaCatalog, FolderStore]:
-    return DeltaCatalog(str(home / "store" / "catalog"), log_id="bench"), FolderStore(home / "store")
+    return DeltaCatalog(str(home / "store" / "catalog" / "shards"), log_id="bench"), FolderStore(home / "store")
 
 
 def publish(home: Path, images: Sequence[bytes], ext: str, a_shard: int, start: int = 0, day: str = "2026-11-21") -> None:

@@ -5,7 +5,6 @@ that order.  `inputs/<m:08d>.json` is the learner's: all that reached it from ou
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from streamlearn.contract.status import now
 
 COMMANDS, INPUTS = "train/commands/", "train/inputs/"
 ACTIONS = ("halve", "set", "hold", "release")
+MOST = 1e38  # a rate beyond float32 would end the learner at every start
 SHOWN = 50  # orders in a list, at most: the newest
 
 
@@ -34,8 +34,8 @@ class Order:
             raise ConfigError(f"action {self.action!r}: one of {', '.join(ACTIONS)}")
         if (self.value is None) == (self.action == "set"):
             raise ConfigError(f"{self.action} {'needs a rate' if self.action == 'set' else 'takes no rate'}, got {self.value}")
-        if self.value is not None and not (math.isfinite(self.value) and self.value > 0):
-            raise ConfigError(f"rate {self.value}: must be a number above 0")
+        if self.value is not None and not 0 < self.value <= MOST:
+            raise ConfigError(f"rate {self.value}: must be a number above 0, and at most {MOST:g}")
 
 
 def command_key(number: int) -> str:

@@ -15,7 +15,7 @@ and going back to an earlier state of it would mend nothing.  After `guard_looks
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from torch import Tensor
 from streamlearn.contract.errors import StreamlearnError
 from streamlearn.contract.metrics import SIGNS
 from streamlearn.learn.losses import effective_rank
+from streamlearn.learn.parallel import local
+
+if TYPE_CHECKING:
+    from streamlearn.learn.state import TrainState
 
 LOOK_EVERY = 10  # sound steps
 AT_CHANCE = 0.99  # of ln K: SwAV that stalls sits within a part in a thousand of it
@@ -43,6 +47,17 @@ class Collapsed(Ill):
     halve = True
 
 
+def sound(state: "TrainState") -> bool:
+    """Whether a state may be gone back to, and published: the last steps were sound, and they have left weights that are finite.
+
+    A finite gradient can make weights that are not, and only the step after it would tell; a checkpoint may lie between.  One wait for the device.
+    Of what is sharded this rank's part is looked at.
+    """
+    parts = (state.model, state.ema.model, state.objective)
+    tensors = [local(t) for part in parts for t in part.state_dict().values() if t.is_floating_point()]
+    return state.sound and bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+
+
 class Guard:
     """Counts looks; its memory is in the checkpoint."""
 
@@ -51,6 +66,7 @@ class Guard:
         self.well = False  # ever
         self.ill = 0  # looks in a row
         self.signs: tuple[str, ...] = ()  # of the last look
+        self.looked: dict[str, float] = {}  # what it found, by sign; for the record only
         self._losses: list[float] = []  # since then
 
     def observe(self, loss: float, z_BD: Tensor, measures: Mapping[str, float] | None) -> None:
@@ -78,13 +94,15 @@ class Guard:
     def _look(self, loss: float, z_BD: Tensor, measures: Mapping[str, float]) -> tuple[str, ...]:
         z_BD = z_BD.detach().float()
         spread = float(torch.sqrt((z_BD.var(0, unbiased=False)).sum()))  # unit vectors: 1 where their mean is 0, whatever the width
+        values = (loss / self.ln_k, measures["code_entropy"], float(effective_rank(z_BD)), spread, measures["perplexity"] * self.prototypes)
         found = (
-            loss >= AT_CHANCE * self.ln_k,
-            measures["code_entropy"] >= UNIFORM,
-            float(effective_rank(z_BD)) <= LEAST_RANK,
+            values[0] >= AT_CHANCE,
+            values[1] >= UNIFORM,
+            values[2] <= LEAST_RANK,
             spread <= LEAST_SPREAD,
-            measures["perplexity"] * self.prototypes <= LEAST_PROTOTYPES,
+            values[4] <= LEAST_PROTOTYPES,
         )
+        self.looked = dict(zip(SIGNS, values, strict=True))
         return tuple(sign for sign, there in zip(SIGNS, found, strict=True) if there)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ Killed after   what is left                                 who mends it
                                                             same step: the sequence is that of a run that was never killed
   6            nothing
 
-So each is taken exactly once in the sequence that the weights have been through.  A learner is alone in its home, so only one writes inputs.  A put
-whose reply is lost is done again with a later step; the learner had not taken it before, so nothing was learnt under it.
+So each is taken exactly once in the sequence that the weights have been through.  A rollback settles those of the steps it passes over
+(rollback.py).  A learner is alone in its home, so only one writes inputs.  A put whose reply is lost is done again with a later step; the learner had
+not taken it before, so nothing was learnt under it.
 """
 
 import json
@@ -143,7 +144,7 @@ class Inputs:
 
 
 def in_force(state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
-    """Step 4: of many ranks on every one, as the first tells it."""
+    """Step 4 and 6; `entry`.  Of many ranks on every one, as the first tells it."""
     state.inputs = counted(state.inputs, entry) | {"count": state.inputs.get("count", 0) + 1}
     kind = entry["kind"]
     if kind == "command":
@@ -155,6 +156,12 @@ def in_force(state: TrainState, entry: dict[str, Any]) -> dict[str, Any]:
     elif kind == "probe":
         state.policy.probe(entry["of"], entry["error"])
     return entry
+
+
+def settle(store: ObjectStore, state: TrainState) -> None:
+    """Take at once what was taken after the checkpoint: by a rollback, which passes over the steps it belonged to.  Raises Retryable, Corrupt."""
+    while (entry := read_input(store, state.inputs.get("count", 0) + 1)) is not None:
+        in_force(state, entry)
 
 
 def counted(seen: Mapping[str, Any], fact: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,15 @@ def sinkhorn(scores_ANK: Tensor, *, epsilon: float, iterations: int, total: Call
     sum over images that are each normalised moves by less than exp(2 / epsilon + ln N) an iteration, and float64 holds that for
     every epsilon from 0.003 on.
     """
-    logits_ANK = scores_ANK.float() / epsilon
-    work_ANK = torch.empty_like(logits_ANK)
+    scores_ANK = scores_ANK.float()
+    # a column's shift cancels in the first normalisation; of 1 / epsilon = 67 float32 rounds off 4e-6, which the largest codes would be wrong by
+    shift_A1K = scores_ANK.amax(-2, keepdim=True)
+    logits_ANK = (scores_ANK - shift_A1K).div_(epsilon)
+    work_ANK, off_A1K = torch.empty_like(logits_ANK), shift_A1K.double() / epsilon
     for _ in range(iterations):
         own_A1K = _exp(logits_ANK, -2, work_ANK)[1]
-        logits_ANK.sub_(own_A1K if total is None else total(own_A1K.double().exp()).log().float())
+        logits_ANK.sub_(own_A1K if total is None else (total((own_A1K.double() + off_A1K).exp()).log() - off_A1K).float())
+        off_A1K = torch.zeros_like(off_A1K)
         sums_AN1, rows_AN1 = _exp(logits_ANK, -1, work_ANK)
         logits_ANK.sub_(rows_AN1)
     return work_ANK.div_(sums_AN1)

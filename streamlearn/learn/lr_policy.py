@@ -57,11 +57,16 @@ class HalveOnPlateau:
         """Of the update that takes the learner from `step` to `step` + 1."""
         warm = min(1.0, (step + 1) / self.optim.warmup_steps) if self.optim.warmup_steps else 1.0
         warm = self.optim.warmup_start + (1 - self.optim.warmup_start) * warm
-        rate = self.base * warm * 0.5**self.halved
+        rate = self.full * warm
         if self.anneal is None:
             return rate
         first, steps = self.anneal
         return rate * min(1.0, max(0.0, 1 - (step - first) / steps))
+
+    @property
+    def full(self) -> float:
+        """The rate, but for warm-up and annealing."""
+        return self.base * 0.5**self.halved
 
     @property
     def steady_since(self) -> int:
@@ -128,9 +133,14 @@ class HalveOnPlateau:
             self.held = kind == "hold"
             self._say(step, "lr_held" if self.held else "lr_released", why="operator")
 
-    def retreat(self, step: int) -> None:
-        """After a collapse: this rate was too high, whatever the floor."""
-        self._halve(step, "rollback")
+    def retreat(self, step: int, *, at_most: float, halve: bool) -> None:
+        """After a rollback (rollback.py), whatever the floor: no higher than the rates that are known to have been borne, or half of that."""
+        if self.full > at_most:
+            self.base, self.halved = at_most, 0
+            self._changed(step)
+            self._say(step, "lr_set", why="rollback", lr=at_most)
+        if halve:
+            self._halve(step, "rollback")
 
     def told(self) -> list[dict[str, Any]]:
         """What has happened since this was last asked, for the history: each with `event` and `step`."""

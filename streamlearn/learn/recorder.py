@@ -93,8 +93,19 @@ class Recorder:
         mean = sum(self.losses) / len(self.losses) if self.losses else None
         self.losses.clear()
         rounded: dict[str, Any] = {k: round(v, 4) for k, v in measures.items()}
+        looked = {k: round(v, 4) for k, v in state.guard.looked.items()} | {"well": state.guard.well} if state.guard.looked else None
         norm = round(step.grad_norm, 4) if math.isfinite(step.grad_norm) else None
-        self.heart.history(step=state.step, loss=mean, lr=step.rate, images=state.images, fresh=state.fresh, grad_norm=norm, **rounded)
+        self.heart.history(
+            step=state.step,
+            loss=mean,
+            lr=step.rate,
+            images=state.images,
+            fresh=state.fresh,
+            grad_norm=norm,
+            signs=list(state.guard.signs),
+            looked=looked,
+            **rounded,
+        )
         counters = self._stream()
         spent = time.monotonic() - self.began
         self.heart.beat(images_per_s=round((state.images - self.images_before) / max(spent, 1e-9), 1))

@@ -29,7 +29,7 @@ from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.ema import batchnorms, calibrated
-from streamlearn.learn.guard import Ill
+from streamlearn.learn.guard import Ill, sound
 from streamlearn.learn.inputs import Inputs, Sources, in_force
 from streamlearn.learn.model import Model
 from streamlearn.learn.parallel import same_buffers, whole
@@ -137,7 +137,7 @@ class Learner:
         self.inputs, self.ranks = inputs, state.objective.ranks
 
     def run(self) -> None:
-        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.state.sound:
+        if self.state.step and self.state.step % self.config.train.snapshot_steps == 0 and self.well():
             self.snapshot()  # the one that a kill may have prevented; else it is there already
         self.recorder.beat(self.state, "learning", force=True)
         try:
@@ -207,18 +207,26 @@ class Learner:
         self.heed(done=False)
         return self.stop.wait(seconds)
 
-    def checkpoint(self, *, wait: bool) -> None:
+    def well(self) -> bool:
+        """On every rank: each sees its own part of what is sharded."""
+        return not any(self.ranks.agreed(not sound(self.state)))
+
+    def checkpoint(self, *, wait: bool) -> bool:
+        """Whether the state was sound."""
         if self.ranks.world > 1:
             same_buffers(self.state.model, self.state.ema.model)
-        self.checkpoints.save(self.state.state_dict(), self.state.step, wait=wait, sound=self.state.sound)
+        well = self.well()
+        self.checkpoints.save(self.state.state_dict(), self.state.step, wait=wait, sound=well)
+        return well
 
     def save(self, state: TrainState, step: Step) -> None:
         """A watcher: checkpoints and snapshots at their steps."""
         publish_now = state.step % self.config.train.snapshot_steps == 0
-        if publish_now or state.step % self.config.train.checkpoint_steps == 0:
-            self.checkpoint(wait=publish_now)
-            self.recorder.checkpointed(self.checkpoints)
-        if publish_now and state.sound:
+        if step.skipped or not (publish_now or state.step % self.config.train.checkpoint_steps == 0):
+            return  # a skipped stretch must not push the checkpoints before it out of the newest K: the next rollback may need them
+        well = self.checkpoint(wait=publish_now)
+        self.recorder.checkpointed(self.checkpoints)
+        if publish_now and well:
             self.snapshot()
         elif publish_now:
             self.recorder.withheld(state)

@@ -87,7 +87,7 @@ class World(PlainStream):
             yield dataclasses.replace(made, crops=(crops,))
 
 
-def life(home, end, shelf=None, *, nan=(), gray=(), **train):
+def life(home, end, shelf=None, *, nan=(), gray=(), sources=None, **train):
     def opened(state):
         stream = World(state, 1000, threading.Event())
         stream.nan, stream.gray = nan, gray
@@ -97,7 +97,7 @@ def life(home, end, shelf=None, *, nan=(), gray=(), **train):
     config = small_config(**known | train, max_steps=end)
     metrics, heart = LearnerMetrics(CollectorRegistry()), Heartbeat(home, "train", period_s=0)
     store = FolderStore(home / "store")
-    return run_train(config, opened, store, shelf or Shelf(), metrics, heart, stop=threading.Event())
+    return run_train(config, opened, store, shelf or Shelf(), metrics, heart, stop=threading.Event(), sources=sources)
 
 
 def rollbacks(home):

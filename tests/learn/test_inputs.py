@@ -96,6 +96,7 @@ def test_operators_who_order_at_once_get_numbers_of_their_own(store):
         (Order("halve", 0.1), "halve takes no rate"),
         (Order("set", -1.0), "must be a number above 0"),
         (Order("set", float("nan")), "must be a number above 0"),
+        (Order("set", 1e300), r"must be a number above 0, and at most 1e\+38"),
     ],
 )
 def test_an_order_that_makes_no_sense_is_refused_before_it_is_given(store, order, why):

@@ -152,6 +152,18 @@ def test_a_queue_is_used_only_once_it_is_full_and_changes_the_codes():
     torch.testing.assert_close(objective.targets(z, 0)[0], sinkhorn(stacked, epsilon=0.05, iterations=3)[:4])
 
 
+def test_the_queue_holds_the_newest_of_each_view_and_lets_the_oldest_go():
+    objective = SwAV(ObjectiveConfig(prototypes=8, queue=10, freeze_prototypes=0), 6)
+    seen = torch.nn.functional.normalize(torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for z_VBD in seen:  # five batches of three views, of which two assign
+        objective.loss(z_VBD, 0, 2)
+        objective.after_step(0)
+    for a in range(2):
+        assert torch.equal(objective.queue_AQD[a], torch.cat([seen[i, a] for i in (4, 3, 2)])[:10])
+    objective.loss(seen[0], 0, 2)  # of a step that does not prove sound nothing is remembered
+    assert torch.equal(objective.queue_AQD[0, :4], seen[4, 0])
+
+
 def official_step(z_VBD, prototypes_KD, queue_AQD, epsilon, iterations, temperature):
     """swav's training step re-derived in float64: codes over queue and batch of each assigning view, held; log-softmax of all others."""
     A, B = len(queue_AQD), z_VBD.shape[1]
@@ -201,6 +213,17 @@ def test_prototypes_far_from_every_image_keep_their_share(epsilon):
     np.testing.assert_allclose(q.sum(0).numpy(), truth.sum(0), rtol=1e-3)
     summed = sinkhorn(s, epsilon=epsilon, iterations=10, total=lambda x: x)  # the form that ranks use
     np.testing.assert_allclose(summed.numpy(), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.005, 0.015, 0.05])
+@pytest.mark.parametrize("iterations", [3, 10])
+@pytest.mark.parametrize("total", [None, lambda x: x], ids=["one", "ranks"])
+def test_codes_are_as_exact_at_a_small_epsilon_as_at_a_large_one(epsilon, iterations, total):
+    """score / epsilon is 200 at 0.005, where float32 rounds 8e-6 off: what is normalised must be small."""
+    for seed in range(20):
+        s = scores(1, 64, 48, seed)[0]
+        ours = sinkhorn(s, epsilon=epsilon, iterations=iterations, total=total).double().numpy()
+        np.testing.assert_allclose(ours, reference_codes_in_logs(s.double().numpy(), epsilon, iterations), atol=1e-6, rtol=0)
 
 
 def test_both_views_at_once_are_each_alone():
