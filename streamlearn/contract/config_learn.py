@@ -74,6 +74,13 @@ class TrainConfig(Section):
     micro_batch: int = Field(default=0, ge=0)  # images of one process in one forward and backward pass (learn/accumulate.py); 0: all
     threads: int = Field(default=0, ge=0)  # torch CPU threads; 0: torch's own choice
     device: str = "cpu"  # as torch names it
+    precision: Literal["float32", "bfloat16"] = "float32"  # of trunk and head; weights, statistics, prototypes and loss stay float32
+    recompute: Literal["none", "selective", "full"] = (
+        "none"  # what is made again in the backward pass, not kept: norms and ReLUs, or whole blocks
+    )
+    kernels: Literal["library", "measured"] = "library"  # measured: each convolution in the form that is fastest here (learn/tuning.py)
+    compile: bool = False  # the trunk's blocks through torch.compile
+    pad_groups: int = Field(default=0, ge=0)  # group widths are computed as multiples of this; weights keep their shapes; 0: as they are
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # warmed up: min(decay, (1 + step) / (10 + step))

@@ -31,12 +31,15 @@ class Model(nn.Module):
             width = size
         self.head = nn.Sequential(*layers, nn.Linear(width, out))
         self.embedding = out
+        self.precision = torch.float32  # of what trunk and head compute, not of their weights (learn/fit.py)
         # whether a view's embedding is the same without the views of other resolutions: the head sees all of them together
         self.views_apart = config.head_norm == "none" or len(config.head) == 1
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """crops: one (V_r,B,3,S_r,S_r) a resolution -> (V,B,D), unit length, V over all resolutions in order."""
         batch = crops[0].shape[1]
-        features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
-        z = F.normalize(self.head(features).float(), dim=-1)
+        with torch.autocast(crops[0].device.type, self.precision, enabled=self.precision != torch.float32):
+            features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
+            z = self.head(features)
+        z = F.normalize(z.float(), dim=-1)
         return z.view(-1, batch, z.shape[-1])

@@ -10,6 +10,7 @@ import torch
 
 from streamlearn.contract.config import Config
 from streamlearn.learn.ema import Ema
+from streamlearn.learn.fit import fit
 from streamlearn.learn.guard import Guard
 from streamlearn.learn.lr_policy import HalveOnPlateau
 from streamlearn.learn.model import Model
@@ -83,6 +84,7 @@ def fresh_state(config: Config) -> TrainState:
         objective = build_objective(config.objective, model.embedding, assign=assign, batch=train.batch, ranks=ranks)
     model.to(train.device)
     objective.to(train.device)
+    fit(model, config, ranks.world)
     optim = train.optim.for_batch(train.batch)
     policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
     guard = Guard(config.objective.prototypes, train.guard_looks)
