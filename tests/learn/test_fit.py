@@ -199,6 +199,7 @@ def test_the_average_and_its_calibration_are_computed_the_same_way(tmp_path):
         torch.testing.assert_close(state.ema.model.trunk.eval()(x), trunk(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same_in_whatever_form_and_however_little_they_keep(tmp_path):
     trunk, x = small()
     expected = grads(copy.deepcopy(trunk), x)
