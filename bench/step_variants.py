@@ -145,3 +145,4 @@ VARIANTS: dict[str, Callable[..., Step]] = {
     "plain-nhwc": partial(plain, layout=NHWC),
     "plain-compile": partial(plain, layout=NHWC, compile=True),
 }
+MEASURING = ("ours", "measured", "measured-compile")  # the first start of these takes longer

@@ -1,8 +1,6 @@
 """How the model is computed on this machine: precision, memory and kernels.  What it computes stays the same up to rounding."""
 
-import ctypes
 import logging
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamlearn.contract.config import Config
+from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones import build
 from streamlearn.learn.backbones.regnet import RegNetY, padded, plain
 from streamlearn.learn.backbones.remade import bottleneck
@@ -26,19 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 def fit(model: Model, config: Config, world: int = 1) -> None:
-    """Set `model`, on its device, to be computed as `config.train` says.  State dict, parameters and their order stay as they are."""
+    """Set `model`, on its device, to be computed as `config.train` says, in each of `world` processes.  Raises ConfigError.
+
+    State dict, parameters and their order stay as they are.
+    """
     train, trunk = config.train, model.trunk
     assert isinstance(trunk, RegNetY)
     model.precision = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
     if train.pad_groups:
-        padded(trunk, train.pad_groups)
+        try:
+            padded(trunk, train.pad_groups)
+        except TypeError as e:
+            raise ConfigError(f"train.pad_groups = {train.pad_groups}: {e}: only BatchNorm is made for it; set it to 0") from e
     if train.kernels == "measured":
         with torch.device("meta"):
             bare = build(config.model.backbone, config.model.stem)
         assert isinstance(bare, RegNetY)
         if train.pad_groups:
             padded(bare, train.pad_groups)
-        images = (train.micro_batch or train.batch // world) if world else train.batch
+        images = min(train.micro_batch or train.batch, train.batch // world)
         sizes = [(crop.count * images, crop.size) for crop in config.stream.crops]
         torch.backends.cudnn.benchmark = True  # among the library's own kernels, likewise
         tune(trunk, bare, sizes, Path(config.home) / CACHE, model.precision)
@@ -47,8 +52,6 @@ def fit(model: Model, config: Config, world: int = 1) -> None:
         trunk.run = bottleneck
     elif train.recompute == "full":
         trunk.run = partial(whole_again, run=trunk.run)
-    if torch.device(train.device).type == "cpu":
-        keep_pages()
 
 
 def whole_again(block: nn.Module, x_NCHW: Tensor, run: Run = plain) -> Tensor:
@@ -84,16 +87,3 @@ def compiled(run: Run, backend: str = "inductor") -> Run:
     setattr(torch._dynamo.config, limit, max(KINDS, getattr(torch._dynamo.config, limit)))
     fast = torch.compile(run, dynamic=False, backend=backend)
     return lambda block, x: fast(block, x) if torch.is_grad_enabled() else run(block, x)
-
-
-def keep_pages() -> None:
-    """glibc: memory that is freed stays with the process.  Else each activation is pages from the kernel, which zeroes them every time."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for option in (_M_MMAP_MAX, _M_TRIM_THRESHOLD):
-        mallopt(*option)
-
-
-_M_MMAP_MAX = (-4, 0)  # no allocation is a mapping of its own
-_M_TRIM_THRESHOLD = (-1, 2**31 - 1)  # the heap's end is not given back

@@ -7,11 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from streamlearn.contract.config import ModelConfig
+from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones import build
 from streamlearn.learn.backbones.forms import LIBRARY, Conv2d, convolve, forms_of
 from streamlearn.learn.backbones.regnet import RegNetY, Stages, padded, plain
 from streamlearn.learn.backbones.remade import bottleneck
-from streamlearn.learn.fit import CACHE, compiled, whole_again
+from streamlearn.learn.fit import CACHE, compiled, fit, whole_again
+from streamlearn.learn.model import Model
 from streamlearn.learn.state import fresh_state
 from streamlearn.learn.trainer import train
 from streamlearn.learn.tuning import shapes, tune
@@ -116,6 +119,13 @@ def test_padded_channels_change_nothing_and_weights_keep_their_shapes():
     for each in (trunk, other):
         each.eval()
     torch.testing.assert_close(other(x), trunk(x), atol=1e-11, rtol=1e-11)
+
+
+def test_norms_that_cannot_be_padded_are_refused_with_a_remedy():
+    model = Model(ModelConfig(backbone="regnety-tiny", head=(8,)))
+    model.trunk.s1.b1.f.a_bn = torch.nn.GroupNorm(1, 24)
+    with pytest.raises(ConfigError, match=r"train.pad_groups = 16: GroupNorm cannot be padded: .*set it to 0"):
+        fit(model, small_config(pad_groups=16))
 
 
 def test_256gfs_groups_of_373_are_computed_376_wide():
