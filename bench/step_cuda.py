@@ -39,6 +39,7 @@ VARIANTS: dict[str, Any] = {
     "plain": plain,
     "plain-nhwc": partial(plain, layout=NHWC),
     "plain-compile": partial(plain, layout=NHWC, compile=True),
+    "ours-bare": partial(ours, precision="bfloat16"),
     "ours-eager": partial(ours, **RECIPE | {"compile": False}),
     "ours-library": partial(ours, **RECIPE | {"kernels": "library"}),
     "ours-selective": partial(ours, **RECIPE | {"compile": False, "recompute": "selective"}),

@@ -1,6 +1,7 @@
 """Trunk and projection head."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class Model(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """crops: one (V_r,B,3,S_r,S_r) a resolution -> (V,B,D), unit length, V over all resolutions in order."""
         batch = crops[0].shape[1]
-        with torch.autocast(crops[0].device.type, self.precision, enabled=self.precision != torch.float32):
+        whole = self.precision == torch.float32
+        with nullcontext() if whole else torch.autocast(crops[0].device.type, self.precision):
             features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
             z = self.head(features)
         z = F.normalize(z.float(), dim=-1)
