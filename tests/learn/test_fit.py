@@ -1,7 +1,9 @@
 """How a model is computed (precision, memory, kernels, padding) never changes what it computes, beyond rounding."""
 
 import copy
+import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones import build
 from streamlearn.learn.backbones.forms import LIBRARY, Conv2d, convolve, forms_of
 from streamlearn.learn.backbones.regnet import RegNetY, Stages, padded, plain
-from streamlearn.learn.backbones.remade import bottleneck
+from streamlearn.learn.backbones.remade import Again, bottleneck
 from streamlearn.learn.fit import CACHE, compiled, fit, whole_again
 from streamlearn.learn.model import Model
 from streamlearn.learn.state import fresh_state
@@ -92,6 +94,21 @@ def test_norms_made_again_keep_four_tensors_of_a_block_where_seven_were_kept_and
         trunk.run = run
         kept[name] = kept_bytes(trunk, x)
     assert kept["selective"] < 0.75 * kept["none"] and kept["full"] < 0.7 * kept["selective"], kept
+
+
+def test_what_was_made_again_is_given_back_without_waiting_for_the_garbage_collector():
+    trunk, x = small()
+    trunk.run = bottleneck
+    before = weakref.WeakSet(o for o in gc.get_objects() if isinstance(o, Again))  # what other tests left
+    y = trunk(x)
+    made = weakref.WeakSet(o for o in gc.get_objects() if isinstance(o, Again) and o not in before)
+    assert made
+    gc.disable()
+    try:
+        y.sum().backward()
+        assert len(made) == 0
+    finally:
+        gc.enable()
 
 
 def test_evaluation_and_calibration_with_kept_norms_are_the_plain_ones():

@@ -7,7 +7,8 @@ block keeps four tensors where it kept seven.  What is made again is the same to
 forward pass are applied in its order of multiplication.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,30 +29,32 @@ class Again:
         return self.made
 
 
-class Forgetful(saved_tensors_hooks):
-    """While it is entered, what lies in the storage of a tensor that was `forget`-ted is not kept for the backward pass."""
+class Forgetful:
+    """What lies in the storage of a tensor that was `forget`-ted is not kept for the backward pass, while `hooks` are entered.
+
+    The hooks know the table and not this object: a cycle would keep what was made again until Python collects garbage.
+    """
 
     def __init__(self) -> None:
         self.again: dict[int, Again] = {}
-        super().__init__(self.pack, self.unpack)
+        self.hooks = saved_tensors_hooks(partial(_pack, self.again), _unpack)
 
     def forget(self, tensor: Tensor, make: Callable[[], Tensor]) -> Again:
         """`make` gives a tensor of the same values, shape and strides."""
         again = self.again[tensor.untyped_storage().data_ptr()] = Again(make)
         return again
 
-    def pack(self, tensor: Tensor) -> Any:
-        again = self.again.get(tensor.untyped_storage().data_ptr())
-        if again is None:
-            return tensor
-        return again, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    @staticmethod
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        again, size, stride, offset = packed
-        return again().as_strided(size, stride, offset)
+def _pack(table: Mapping[int, Again], tensor: Tensor) -> Any:
+    again = table.get(tensor.untyped_storage().data_ptr())
+    return tensor if again is None else (again, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    again, size, stride, offset = packed
+    return again().as_strided(size, stride, offset)
 
 
 def bottleneck(block: nn.Module, x_NCHW: Tensor) -> Tensor:
@@ -71,14 +74,14 @@ def normed(x: Tensor, norm: nn.Module, gate: nn.Module | None, conv: nn.Module) 
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     y, mean, scale = torch.native_batch_norm(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
-    kept, factor, shift = x.detach(), (norm.weight * scale).detach(), norm.bias.detach()
+    kept, mean, factor, shift = x.detach(), mean.detach(), (norm.weight * scale).detach(), norm.bias.detach()
     forgetful = Forgetful()
 
     def rectified() -> Tensor:  # a variance of 1 and no epsilon: the factor as it is
         return torch.native_batch_norm(kept, factor, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0].relu_()
 
     again = forgetful.forget(y, rectified)
-    with forgetful:
+    with forgetful.hooks:
         torch.relu_(y)
         if gate is None:
             return conv(y)
