@@ -131,10 +131,13 @@ class Loop:
         store = open_home(self.home)[1]
         run_train(config, open_stream, store, self.publish, LearnerMetrics(CollectorRegistry()), Heartbeat(self.home, "train"), stop=stop)
 
-    def evaluator(self) -> Evaluator:
-        return Evaluator(
-            self.config, self.registry, EvaluatorMetrics(CollectorRegistry()), Heartbeat(self.home, "evaluate"), home=self.home
-        )
+    def measured(self) -> dict[str, Any]:
+        """continual.json, once every snapshot is measured on every bank."""
+        heart = Heartbeat(self.home, "evaluate")
+        evaluator = Evaluator(self.config, self.registry, EvaluatorMetrics(CollectorRegistry()), heart, home=self.home)
+        while evaluator.measure_next():
+            pass
+        return evaluator.overview.continual(evaluator.banks.configs())
 
     def judge(self, step: int) -> Verdict:
         """What the gate says of it against the present `stable`; done, if it says so."""
@@ -166,7 +169,7 @@ def table(matrix: dict[str, Any]) -> None:
     names = matrix["generations"]
     print(f"\nk-NN accuracy, %{'':6}" + "".join(f"{name:>10}" for name in names))
     for name, row in zip(["untrained", *names], [matrix["untrained"], *matrix["matrix"]], strict=True):
-        print(f"{name:22}" + "".join(f"{'-' if v is None else f'{100 * v:.1f}':>10}" for v in row))
+        print(f"{name:22}" + "".join(f"{'-' if v is None else f'{100 * v:.2f}':>10}" for v in row))
     for measure, value in matrix["measures"].items():
         low, high = matrix["intervals"].get(measure) or (None, None)
         print(
@@ -180,7 +183,7 @@ def main(args: argparse.Namespace) -> bool:
     table(whole["probes"]["knn"])
     for row in whole["probes"]["knn"]["by_snapshot"]:
         print(
-            f"step {row['step']:5} {row['generation']}: " + ", ".join(f"{bank} {100 * value:.1f}" for bank, value in row["scores"].items())
+            f"step {row['step']:5} {row['generation']}: " + ", ".join(f"{bank} {100 * value:.2f}" for bank, value in row["scores"].items())
         )
     for name, step, verdict in verdicts:
         print(f"\n{name} step {step}: {verdict.outcome} for stable\n  " + "\n  ".join(verdict.reasons))
@@ -188,7 +191,7 @@ def main(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, int, Verdict]]]:
-    """What the evaluator says of the whole (continual.json), and (quarter, step, verdict) of each snapshot; the damaged one last."""
+    """What the evaluator says of both quarters (continual.json), and (quarter, step, verdict) of each snapshot; the damaged one last."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         home = Path(folder)
@@ -196,17 +199,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, int, 
         verdicts = list[tuple[str, int, Verdict]]()
         for i, (name, (day, classes)) in enumerate(QUARTERS.items(), 1):
             loop.learn(streamed(classes, args.images), day, until=i * args.steps)
-            evaluator = loop.evaluator()
-            while evaluator.measure_next():
-                pass
+            whole = loop.measured()  # before the damaged one is there: it would be the last of its quarter
             verdicts += [(name, step, loop.judge(step)) for step in loop.exports if step > (i - 1) * args.steps]
         broken = damaged(loop.exports[max(loop.exports)], args.damage)
         loop.publish(broken)
-        evaluator = loop.evaluator()
-        while evaluator.measure_next():
-            pass
+        loop.measured()
         verdicts.append(("damaged", broken.step, loop.judge(broken.step)))
-        return evaluator.overview.continual(evaluator.banks.configs()), verdicts
+        return whole, verdicts
 
 
 def arguments() -> argparse.ArgumentParser:

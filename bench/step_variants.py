@@ -45,7 +45,7 @@ def ours(backbone: str, crops: str, batch: int, device: torch.device, home: str,
         loss, _, _ = backward(state.model, state.objective, crops, state.step)
         state.optimizer.step()
         state.objective.after_step(state.step)
-        state.ema.update(state.model, state.step)
+        state.ema.update(state.model, state.step, state.policy.steady_since)
         return loss
 
     return step

@@ -14,6 +14,7 @@ class ModelConfig(Section):
     stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, for images of 32-64 px
     head: tuple[int, ...] = (2048, 128)  # hidden widths, then the embedding's
     head_norm: Literal["bn", "none"] = "bn"  # between the head's layers
+    norm: Literal["bn", "gn_ws"] = "bn"  # of the trunk; gn_ws: GroupNorm and standardised weights (learn/backbones/norms.py)
 
 
 class ObjectiveConfig(Section):
@@ -83,7 +84,9 @@ class TrainConfig(Section):
     pad_groups: int = Field(default=0, ge=0)  # group widths are computed as multiples of this; weights keep their shapes; 0: as they are
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # warmed up: min(decay, (1 + step) / (10 + step))
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the average, at least; at first (1 + step) / (10 + step)
+    ema_share: Fraction = 0.1  # its horizon, 1 / (1 - decay), of the steps since the rate last changed; 0: ema_decay is all
+    ema_decay_most: float = Field(default=0.9999, ge=0, lt=1)  # beyond which it does not grow
     checkpoint_steps: int = Field(default=500, ge=1)  # steps between checkpoints
     keep_checkpoints: int = Field(default=3, ge=1)  # the newest
     snapshot_steps: int = Field(default=2000, ge=1)  # steps between snapshots

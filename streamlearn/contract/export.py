@@ -27,6 +27,7 @@ class Export:
     revision: str = ""  # of the code
     source: str = ""  # URL of the code
     license: str = "Apache-2.0"  # of the weights, as SPDX has it
+    norm: str = "bn"  # of the trunk: bn or gn_ws
     notes: Mapping[str, str] = field(default_factory=dict)  # further lineage, such as `init`: what the weights began as
 
 

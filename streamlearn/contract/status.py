@@ -6,6 +6,7 @@ role itself: losing them loses pictures, not work.
 
 import json
 import os
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +41,7 @@ class Heartbeat:
         # plain replace, no fsync: a heartbeat lost to power failure is stale anyway, and 2/s of fsync is not free
         try:
             self._status.parent.mkdir(parents=True, exist_ok=True)
-            tmp = self._status.with_suffix(".tmp")
+            tmp = self._status.with_suffix(f".{os.getpid()}-{threading.get_native_id()}.tmp")  # several evaluators may serve one home
             tmp.write_text(json.dumps(status))
             tmp.replace(self._status)
         except OSError as e:

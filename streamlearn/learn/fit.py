@@ -39,7 +39,7 @@ def fit(model: Model, config: Config, world: int = 1) -> None:
             raise ConfigError(f"train.pad_groups = {train.pad_groups}: {e}: only BatchNorm is made for it; set it to 0") from e
     if train.kernels == "measured":
         with torch.device("meta"):
-            bare = build(config.model.backbone, config.model.stem)
+            bare = build(config.model.backbone, config.model.stem, config.model.norm)
         assert isinstance(bare, RegNetY)
         if train.pad_groups:
             padded(bare, train.pad_groups)

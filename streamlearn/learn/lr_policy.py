@@ -64,6 +64,12 @@ class HalveOnPlateau:
         return rate * min(1.0, max(0.0, 1 - (step - first) / steps))
 
     @property
+    def steady_since(self) -> int:
+        """The step from which on the rate has been what it is: while it warms up, or falls on a branch, the end or the beginning of that."""
+        first = self.anneal[0] if self.anneal is not None else 0
+        return max(self.changed_at, self.optim.warmup_steps, first)
+
+    @property
     def at_floor(self) -> bool:
         return self.base * 0.5 ** (self.halved + 1) < self.optim.lr * self.config.floor
 

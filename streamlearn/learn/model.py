@@ -20,7 +20,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.trunk = build(config.backbone, config.stem)
+        self.trunk = build(config.backbone, config.stem, config.norm)
         width = int(self.trunk.width)  # type: ignore[arg-type]
         layers: list[nn.Module] = []
         *hidden, out = config.head

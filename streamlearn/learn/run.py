@@ -23,7 +23,7 @@ from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.status import Heartbeat
 from streamlearn.learn.checkpoint import Checkpoints
-from streamlearn.learn.ema import calibrated
+from streamlearn.learn.ema import batchnorms, calibrated
 from streamlearn.learn.guard import Ill
 from streamlearn.learn.inputs import Inputs, Sources
 from streamlearn.learn.recorder import Recorder
@@ -172,7 +172,7 @@ class Learner:
         images = self.calibration(refs, size)
         if images is None:
             return
-        if len(images) < 2:
+        if len(images) < 2 and batchnorms(self.state.model.trunk):
             logger.error("no snapshot of step %d: %d images to calibrate BatchNorm on", self.state.step, len(images))
             return
         device = next(self.state.model.parameters()).device
@@ -188,7 +188,7 @@ class Learner:
                 if self.stop.wait(e.after_s) or time.monotonic() - began > FULL_LIMIT_S:
                     raise
         self.recorder.published(self.state, tag, digest)
-        if self.gallery is not None:
+        if self.gallery is not None and len(images):
             self.show_prototypes(trunk, images, refs)
 
     def calibration(self, refs: list[str], size: int) -> Tensor | None:
@@ -219,6 +219,7 @@ class Learner:
             weights=weights,
             backbone=config.model.backbone,
             stem=config.model.stem,
+            norm=config.model.norm,
             width=int(state.model.trunk.width),  # type: ignore[arg-type]
             size=size,
             mean=config.stream.mean,

@@ -88,7 +88,8 @@ def fresh_state(config: Config) -> TrainState:
     optim = train.optim.for_batch(train.batch)
     policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
     guard = Guard(config.objective.prototypes, train.guard_looks)
-    return TrainState(model, Ema(model, train.ema_decay), objective, build_optimizer(optim, model, objective), policy, guard)
+    ema = Ema(model, train.ema_decay, train.ema_share, train.ema_decay_most)
+    return TrainState(model, ema, objective, build_optimizer(optim, model, objective), policy, guard)
 
 
 def made_of(config: Config) -> str:

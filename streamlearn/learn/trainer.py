@@ -72,7 +72,7 @@ def train(state: TrainState, batches: Iterable[Batch], watchers: Sequence[Watche
         if sound:
             state.optimizer.step()
             state.objective.after_step(state.step)
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.model, state.step, state.policy.steady_since)
             prequential = float(loss_B[batch.fresh].mean())
             if batch.fresh.any():
                 halved = state.policy.observe(prequential, state.step)

@@ -75,6 +75,9 @@ def complaints(module: nn.Module, found: Mapping[str, Tensor], part: str, config
 
 def remedy(part: str, found: Mapping[str, Tensor], config: Config) -> str:
     if part == "trunk":
+        norm = "bn" if any(n.endswith("running_mean") for n in found) else "gn_ws"
+        if norm != config.model.norm:
+            return f"set model.norm = {norm!r}, as the file has it (here: {config.model.norm!r})"
         name = backbone_of(found)
         if name and name != config.model.backbone:
             return f"set model.backbone = {name!r}, whose trunk it is (here: {config.model.backbone!r})"

@@ -60,12 +60,14 @@ def raw_pixels(split: Split, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def untrained(backbone: str, stem: str, images_NCHW: Tensor, seed: int, batch: int = 128) -> nn.Module:
-    """A randomly initialised trunk whose BatchNorm has seen the bank: the fair form of `no learning at all`."""
+def untrained(backbone: str, stem: str, images_NCHW: Tensor, seed: int, batch: int = 128, *, norm: str = "bn") -> nn.Module:
+    """A randomly initialised trunk whose BatchNorm, if it has one, has seen the bank: the fair form of `no learning at all`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = build(backbone, stem)
+        trunk = build(backbone, stem, norm)
     norms = [m for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not norms:
+        return trunk.eval()
     for m in norms:
         m.momentum = None  # cumulative average
     trunk.train()

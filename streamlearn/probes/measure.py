@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from streamlearn.contract import durable
 from streamlearn.contract.config_probe import ProbeConfig
 from streamlearn.contract.errors import Corrupt
 from streamlearn.contract.registry import Registry
-from streamlearn.learn.backbones import build
 from streamlearn.probes import label_free
 from streamlearn.probes.alarms import alarms
 from streamlearn.probes.average_precision import eleven_points, mean_ap, mean_ap_interval
@@ -36,6 +34,7 @@ from streamlearn.probes.statistics import packed, wilson
 from streamlearn.probes.turns import Turns
 from streamlearn.snapshots.lineage import generation_of
 from streamlearn.snapshots.pull import read_file
+from streamlearn.snapshots.trunk import load_trunk, norm_of, read_settings
 from streamlearn.stream.views import normalised
 
 SEEDS = (0, 1, 2)  # of the untrained networks that the curve is compared with
@@ -58,18 +57,19 @@ class Snapshot:
     std: Three
     trunk: nn.Module
     metrics: dict[str, Any]  # the learner's own, of the time of publishing
+    norm: str = "bn"  # of the trunk
 
 
 def open_snapshot(registry: Registry, step: int, digest: str, device: str = "cpu") -> Snapshot:
     """Verified.  Raises Corrupt, NotFound; ValueError, KeyError or RuntimeError where the files are not a snapshot's."""
-    settings = json.loads(read_file(registry, digest, "config.json"))
+    settings = read_settings(read_file(registry, digest, "config.json"), digest)
     ours, cfg = settings["streamlearn"], settings["pretrained_cfg"]
-    trunk = build(ours["backbone"], ours["stem"])
-    trunk.load_state_dict(safetensors.torch.load(read_file(registry, digest, "model.safetensors")))
+    trunk = load_trunk(registry, digest)  # under whatever names: where timm has the model, a snapshot has timm's
     mean, std = (tuple(map(float, cfg[name])) for name in ("mean", "std"))
     return Snapshot(
         step, digest, generation_of(registry, digest), ours["backbone"], ours["stem"], int(cfg["input_size"][-1]),
         (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), trunk.eval().to(device), json.loads(read_file(registry, digest, "metrics.json")),
+        norm_of(settings),
     )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ class Measurer:
     def _baseline(self, snapshot: Snapshot, bank: Bank) -> dict[str, float]:
         """Raw pixels at their best side, and the mean of untrained networks: measured once for a bank and architecture."""
         key = "\0".join((bank.digest, snapshot.backbone, snapshot.stem, str(snapshot.size), self.protocol(EACH, snapshot.size)))
+        key += f"\0{snapshot.norm}" if snapshot.norm != "bn" else ""
         path = self.baselines / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         if path.exists():
             kept: dict[str, float] = json.loads(path.read_bytes())
@@ -167,7 +168,7 @@ class Measurer:
         some = normalised(bank.train.images_NSSC[:: max(1, len(bank.train.labels) // 1024)], snapshot.mean, snapshot.std)
         for seed in SEEDS:
             self.say("untrained networks")
-            net = untrained(snapshot.backbone, snapshot.stem, some, seed).to(self.config.device)
+            net = untrained(snapshot.backbone, snapshot.stem, some, seed, norm=snapshot.norm).to(self.config.device)
             parts = [features(net, s, snapshot.mean, snapshot.std, self.config.batch, self.turns) for s in (bank.train, bank.test)]
             random.append([good(s, truth) for s in self._both(bank, *parts)])
         found: dict[str, float] = {}

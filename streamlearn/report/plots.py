@@ -1,4 +1,4 @@
-"""Plots of the report, as inline SVG."""
+"""Plots as inline SVG: how they look, and the curve of the served page; the report's panels are in panels.py."""
 
 import io
 import re
@@ -9,7 +9,6 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, SOFT, BLUE, ORANGE, GREEN, RED = "#222831", "#9aa4b2", "#1f6feb", "#e8590c", "#2b8a3e", "#c92a2a"
@@ -26,27 +25,7 @@ COLOURS = {
 Lines = Sequence[dict[str, Any]]
 
 
-def loss(train: Lines, halvings: Lines) -> str:
-    """Loss over steps, with the learning rate below and its halvings marked."""
-    with plt.rc_context(STYLE):
-        figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, height_ratios=(3, 1))
-        points = [(line["step"], line["loss"]) for line in train if line.get("loss") is not None]
-        if points:
-            steps, values = [p[0] for p in points], [p[1] for p in points]
-            top.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1)
-            top.plot(steps, smooth(values), color=BLUE, linewidth=2)
-        bottom.plot([line["step"] for line in train], [line["lr"] for line in train], color=ORANGE, linewidth=2)
-        for line in halvings:
-            for axis in (top, bottom):
-                axis.axvline(line["step"], color=RED, linestyle=":", linewidth=1.2)
-        top.set_ylabel("loss on fresh images (nats)")
-        bottom.set_ylabel("learning rate")
-        bottom.set_xlabel("step")
-        bottom.set_ylim(bottom=0)
-        return svg(figure)
-
-
-def probes(entries: Lines, quarters: Lines) -> str:
+def probes(entries: Lines) -> str:
     """Accuracy of each snapshot on one bank, against untrained networks and raw pixels."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8, 4))
@@ -56,57 +35,9 @@ def probes(entries: Lines, quarters: Lines) -> str:
         for name, label, style in (("random", "untrained network", "--"), ("raw", "raw pixels", ":")):
             axis.axhline(100 * last[f"{name}_knn"], color=BLUE, linestyle=style, linewidth=1.2, label=f"{label}, k-NN")
             axis.axhline(100 * last[f"{name}_ridge"], color=GREEN, linestyle=style, linewidth=1.2, label=f"{label}, ridge")
-        for line in quarters:
-            axis.axvline(line["step"], color=SOFT, linewidth=1)
-            axis.annotate(
-                f"quarter {line['quarter']}",
-                (line["step"], 1),
-                xycoords=("data", "axes fraction"),
-                fontsize=8,
-                color=SOFT,
-                rotation=90,
-                va="top",
-                ha="right",
-            )
         axis.set_xlabel("step")
         axis.set_ylabel("accuracy (%)")
         axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        return svg(figure)
-
-
-def ranks(entries: Lines) -> str:
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 3))
-        steps = [e["step"] for e in entries]
-        axis.plot(steps, [e["effective_rank"] for e in entries], "o-", color=BLUE, label="effective rank", markersize=4)
-        axis.plot(steps, [e["rankme"] for e in entries], "s-", color=ORANGE, label="RankMe", markersize=4)
-        finish(axis, "step", "of the features on the bank")
-        return svg(figure)
-
-
-def codes(train: Lines) -> str:
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 3))
-        steps = [line["step"] for line in train]
-        axis.plot(steps, [line["code_entropy"] for line in train], color=BLUE, label="code entropy / ln K (1: collapse)")
-        axis.plot(steps, [line["perplexity"] for line in train], color=ORANGE, label="prototype perplexity / K (0: collapse)")
-        axis.set_ylim(0, 1.02)
-        finish(axis, "step", "")
-        return svg(figure)
-
-
-def intake(fetch: Lines, since: float) -> str:
-    """Images stored over time; each entry has `seconds` and `total`."""
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(8, 3))
-        axis.plot(
-            [(line["seconds"] - since) / 60 for line in fetch],
-            [line["total"] for line in fetch],
-            color=BLUE,
-            linewidth=2,
-            drawstyle="steps-post",
-        )
-        finish(axis, "minutes", "images stored", legend=False)
         return svg(figure)
 
 
@@ -118,14 +49,6 @@ def smooth(values: Sequence[float], keep: float = 0.7) -> list[float]:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         found.append(total / weight)
     return found
-
-
-def finish(axis: Axes, x: str, y: str, *, legend: bool = True) -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.set_ylim(bottom=0)
-    if legend:
-        axis.legend(fontsize=8)
 
 
 def svg(figure: Figure, *, tight: bool = True) -> str:

@@ -79,6 +79,4 @@ class Curves:
 
 def _curve(bank: str, entries: Sequence[Result]) -> str:
     note = "Frozen features of the published snapshots on labelled images that were not learnt from."
-    return section(
-        f"Is it getting better? {html.escape(bank)}", f"<div class=wide>{plots.probes([dict(e) for e in entries], [])}</div>", note
-    )
+    return section(f"Is it getting better? {html.escape(bank)}", f"<div class=wide>{plots.probes([dict(e) for e in entries])}</div>", note)

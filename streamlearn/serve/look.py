@@ -20,7 +20,7 @@ pre{background:#f0f3f7;border-radius:8px;padding:10px 12px;margin:.3rem 0 .9rem;
 code{font-size:.88em}p{margin:.4rem 0}ul{margin:.3rem 0;padding-left:1.2rem}dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 16px;margin:0}
 dt{color:var(--soft);font-size:.88rem}dd{margin:0;min-width:0}.tag{display:inline-block;border-radius:99px;padding:0 8px;font-size:.78rem;
 background:#e7eefc;color:#174ea6;margin-left:4px}.tag.stable{background:#e3f4e7;color:#1e6b33}.tag.best{background:#fdefd8;color:#8a4b00}
-.why{display:block;min-width:16em;max-width:34em;white-space:normal;text-align:left}
+.why{display:block;min-width:16em;max-width:34em;white-space:normal;text-align:left}.moves th:last-child{text-align:left}
 nav{display:flex;gap:16px;flex-wrap:wrap;margin:.6rem 0 0}.to{font-weight:600;margin:0}
 @media(max-width:560px){svg{min-width:520px}main{padding:10px}section{padding:12px}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
 """

@@ -24,7 +24,8 @@ def moves(shelf: Shelf, contents: Contents) -> str:
     more = f"<p class=soft>and {len(found) - SHOWN:,} earlier: <code>streamlearn snapshots history</code></p>" if len(found) > SHOWN else ""
     rows = [_row(move, contents) for move in found[:SHOWN]]
     note = "Who moved a channel, and why: the gate compares snapshots on the same labelled images."
-    return section("Moves", table(["when", "channel", "what", "to", "from", "by", "why"], rows) + more, note)
+    made = table(["when", "channel", "what", "to", "from", "by", "why"], rows)
+    return section("Moves", f"<div class=moves>{made}</div>{more}", note)
 
 
 def _row(move: Move, contents: Contents) -> list[str]:

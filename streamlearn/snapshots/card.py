@@ -20,7 +20,10 @@ UNKNOWN = (
 
 def card(export: Export, parent: str, version: str) -> str:
     """README.md of a snapshot."""
-    in_timm = timm_architecture(export.backbone, export.stem)
+    in_timm = timm_architecture(export.backbone, export.stem, export.norm)
+    averaged = "an exponential moving average" + (", with BatchNorm's statistics re-estimated on the stream" if export.norm == "bn" else "")
+    norm = "" if export.norm == "bn" else "GroupNorm and standardised weights, "
+    elsewhere = "VISSL, pycls, ONNX or torch.export" if export.norm == "bn" else "ONNX or torch.export"
     began = f" They began as {export.notes['init'].split()[0]}, whose own terms hold too." if "init" in export.notes else ""
     return f"""---
 library_name: {"timm" if in_timm else "streamlearn"}
@@ -30,15 +33,15 @@ license: {export.license.lower()}
 ---
 # {export.name} {version}
 
-A {export.backbone} trunk ({export.stem} stem, {export.width} features, no classifier), learnt without labels from a stream of images. This is
-one moment of a run that goes on. The weights are an exponential moving average, with BatchNorm's statistics re-estimated on the stream.
+A {export.backbone} trunk ({export.stem} stem, {norm}{export.width} features, no classifier), learnt without labels from a stream of images. This is
+one moment of a run that goes on. The weights are {averaged}.
 
 ## Load it
 
 {_loading(export, in_timm)}
 
 Input: RGB, {export.size} x {export.size}, scaled to 0-1, minus {list(export.mean)}, over {list(export.std)}. Output: {export.width} features (global average pool).
-For VISSL, pycls, ONNX or torch.export: `streamlearn snapshots export {version} --to …`.
+For {elsewhere}: `streamlearn snapshots export {version} --to …`.
 
 ## What it learnt from
 
@@ -88,6 +91,8 @@ from streamlearn.snapshots.trunk import load_folder
 trunk = load_folder(".").eval()     # where this file lies
 features = trunk(torch.zeros(1, 3, {export.size}, {export.size}))
 ```"""
+    if export.norm != "bn":
+        return ours + "\n\nNeither timm nor pycls has this network: they would compute something else from its tensors."
     if not in_timm:
         return ours + "\n\nThe tensors have the names of pycls's AnyNet; only `head.*` is missing. timm has no such model."
     return f"""```python

@@ -34,7 +34,7 @@ from streamlearn.snapshots.artifact import LINEAGE, TITLE, version
 from streamlearn.snapshots.card import with_results
 from streamlearn.snapshots.package import pretty
 from streamlearn.snapshots.publish import results, step_of
-from streamlearn.snapshots.trunk import filled, in_pycls, read_settings, read_weights
+from streamlearn.snapshots.trunk import filled, in_pycls, norm_of, read_settings, read_weights
 
 CARRIED = ("metrics.json", "README.md")  # of every export
 FILES = {
@@ -66,6 +66,10 @@ class Source:
     @property
     def stem(self) -> str:
         return str(self.settings["streamlearn"]["stem"])
+
+    @property
+    def norm(self) -> str:
+        return norm_of(self.settings)
 
     @property
     def size(self) -> int:
@@ -145,7 +149,17 @@ def _taken(folder: Path) -> ConfigError:
     return ConfigError(f"{folder}: exists already; name another folder, or replace it with --force")
 
 
+def _known_elsewhere(source: Source, to: str) -> None:
+    """Raises ConfigError where the names would be right and the network another: nobody else standardises these weights."""
+    if source.norm != "bn":
+        raise ConfigError(
+            f"--to {to}: {source.where} has model.norm = {source.norm!r} (GroupNorm, standardised weights), and {to} has no such RegNet: it would "
+            "compute something else from these weights, or refuse them; --to onnx or torch-export can hold it"
+        )
+
+
 def _timm(source: Source, folder: Path, classes: int) -> None:
+    _known_elsewhere(source, "timm")
     architecture = keys.timm_architecture(source.backbone, source.stem)
     if not architecture:
         why = f"no {source.backbone}" if source.backbone not in keys.TIMM else f"no {source.stem} stem (its own has a stride of 2)"
@@ -159,6 +173,7 @@ def _timm(source: Source, folder: Path, classes: int) -> None:
 
 def _pycls(source: Source, folder: Path, classes: int) -> None:
     """load_checkpoint is strict, so the file has a classifier too: zeros, which says nothing and can be trained."""
+    _known_elsewhere(source, "pycls")
     stages = REGNETY[source.backbone]
     weights = {
         name: weight.clone() for name, weight in source.weights.items()
@@ -183,6 +198,7 @@ def _pycls(source: Source, folder: Path, classes: int) -> None:
 
 
 def _vissl(source: Source, folder: Path, classes: int) -> None:
+    _known_elsewhere(source, "vissl")
     stages = REGNETY[source.backbone]
     regnet = {
         "name": "anynet",

@@ -39,9 +39,17 @@ VISSL_STEM = re.compile(rf"(?:conv1|stem)\.stem\.(?P<part>[01])\.{LEAF}")
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|trunk|base_model|_feature_blocks|_fsdp_wrapped_module|_fpw_module)\.")
 
 
-def timm_architecture(backbone: str, stem: str) -> str:
+def timm_architecture(backbone: str, stem: str, norm: str = "bn") -> str:
     """timm's name of the architecture; empty where timm has no such model."""
-    return TIMM.get(backbone, "") if stem == "imagenet" else ""
+    return TIMM.get(backbone, "") if stem == "imagenet" and norm == "bn" else ""
+
+
+def layout(backbone: str, stem: str, norm: str = "bn") -> str:
+    """Whose names the tensors of a snapshot have: those of a program that computes the same from them.
+
+    With standardised weights (learn/backbones/norms.py) there is none but ours, though the names are made as pycls's are.
+    """
+    return "streamlearn" if norm != "bn" else "timm" if timm_architecture(backbone, stem) else "pycls"
 
 
 def to_timm(name: str) -> str:

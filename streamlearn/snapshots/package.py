@@ -22,18 +22,19 @@ NO_PARAMETERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchN
 
 def architecture(export: Export) -> str:
     """timm's name where timm has the model; else one that timm refuses, rather than another network under the same weights."""
-    ours = export.backbone if export.stem == "imagenet" else f"{export.backbone}-{export.stem}"
-    return keys.timm_architecture(export.backbone, export.stem) or ours
+    usual = {"imagenet", "bn"}
+    ours = "-".join([export.backbone, *(part for part in (export.stem, export.norm) if part not in usual)])
+    return keys.timm_architecture(export.backbone, export.stem, export.norm) or ours
 
 
 def files(export: Export, parent: str) -> dict[str, bytes]:
     """Name -> bytes, a pure function of its arguments.
 
     The weights have timm's names where timm has the model, so that timm and transformers load the folder as it is; else pycls's.
-    `config.json` says which, under streamlearn.keys.
+    `config.json` says which, under streamlearn.keys: "streamlearn" where the names are made as pycls's, but pycls has no such network.
     """
-    in_timm = bool(keys.timm_architecture(export.backbone, export.stem))
-    named = {keys.to_timm(name) if in_timm else name: weight for name, weight in export.weights.items()}
+    layout = keys.layout(export.backbone, export.stem, export.norm)
+    named = {keys.to_timm(name) if layout == "timm" else name: weight for name, weight in export.weights.items()}
     weights = {name: named[name].contiguous() for name in sorted(named)}
     settings = {
         "architecture": architecture(export),
@@ -44,9 +45,10 @@ def files(export: Export, parent: str) -> dict[str, bytes]:
         "streamlearn": {
             "backbone": export.backbone,
             "stem": export.stem,
-            "keys": "timm" if in_timm else "pycls",
+            "keys": layout,
             "config": export.config,
-        },
+        }
+        | ({"norm": export.norm} if export.norm != "bn" else {}),  # absent: as it was before there was a choice
     }
     metrics = dict(export.metrics) | {"cursor": dict(export.cursor), "window": list(export.window), "parent": parent}
     return {

@@ -43,6 +43,11 @@ def read_settings(data: bytes, where: str) -> dict[str, Any]:
     return settings
 
 
+def norm_of(settings: Mapping[str, Any]) -> str:
+    """Of the trunk: bn, unless config.json says otherwise."""
+    return str(settings["streamlearn"].get("norm", "bn"))
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """name -> tensor, mapped from the file.  Raises Corrupt."""
     try:
@@ -60,10 +65,11 @@ def filled(settings: Mapping[str, Any], weights: Mapping[str, Tensor], where: st
     """A trunk with these weights, under any of the known names.  Raises Corrupt naming what is missing, left over or of another shape."""
     ours = settings["streamlearn"]
     with torch.device("meta"):  # nothing is initialised that is to be overwritten
-        trunk = build(ours["backbone"], ours["stem"])
+        trunk = build(ours["backbone"], ours["stem"], norm_of(settings))
     trunk = trunk.to_empty(device="cpu")
     try:
         trunk.load_state_dict(in_pycls(weights), strict=True)
     except RuntimeError as e:
-        raise Corrupt(f"{where}: model.safetensors is not a {ours['backbone']} with {ours['stem']} stem: {e}") from e
+        named = f"{ours['backbone']} with {ours['stem']} stem and norm {norm_of(settings)}"
+        raise Corrupt(f"{where}: model.safetensors is not a {named}: {e}") from e
     return trunk

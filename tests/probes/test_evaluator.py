@@ -21,10 +21,11 @@ from streamlearn.probes.bank_book import BankBook
 from streamlearn.probes.claims import claim
 from streamlearn.probes.compare import compare
 from streamlearn.probes.evaluator import run_evaluate
-from streamlearn.probes.measure import Measurer
+from streamlearn.probes.measure import Measurer, open_snapshot
 from streamlearn.probes.statistics import unpacked
 from streamlearn.snapshots.publish import publish, results
 from tests.probes.world import Killed, bank_file, class_folders, config, evaluator, measure_all, shade
+from tests.snapshots.test_package import large
 from tests.snapshots.test_publish import export
 
 
@@ -36,6 +37,18 @@ def home(tmp_path):
 
 def history(home):
     return [line["step"] for line in read_lines(home / "history" / "evaluate.jsonl")]
+
+
+def test_a_snapshot_under_timm_s_names_is_measured_as_what_it_is(home):
+    """Every size that timm has is published so; the networks of the other tests are too small for it."""
+    registry = OciLayout(home / "registry")
+    exported = large(3, size=64)
+    _, digest = publish(registry, exported)
+    snapshot = open_snapshot(registry, 3, digest)
+    assert snapshot.trunk.state_dict().keys() == exported.weights.keys()
+    assert all(torch.equal(snapshot.trunk.state_dict()[name], weight) for name, weight in exported.weights.items())
+    role = evaluator(home)
+    assert measure_all(role) == 1 and role.failed == {} and 0 <= results(registry, digest)[0]["knn"] <= 1
 
 
 def test_every_snapshot_is_measured_once_and_the_result_lies_beside_it(home):

@@ -1,8 +1,13 @@
 """The pages: what a person needs, quick with thousands of snapshots, and nothing in them that is not meant to be there."""
 
+import html
 import io
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +19,8 @@ from streamlearn.snapshots.artifact import LINEAGE
 from streamlearn.snapshots.history import MOVE
 from streamlearn.snapshots.promote import promote, rollback
 from streamlearn.snapshots.publish import publish, record_result
+from tests.adapters.oci import require
+from tests.conftest import REPO
 from tests.serve.browser import look
 from tests.serve.serving import TOKEN, filled, measured, serving
 from tests.snapshots.test_publish import export
@@ -37,6 +44,24 @@ def test_the_first_page_has_snapshots_channels_curves_and_the_commands_that_pull
     assert f"skopeo copy --src-tls-verify=false docker://{public.host}/team/model:stable" in text
     assert f"oras pull --plain-http {public.host}/team/model:stable" in text and f"HF_ENDPOINT={public.url} " in text
     assert f"--registry oci://{public.host}/team/model" in text and "hf-hub:" not in text  # timm has no such model
+
+
+def test_the_commands_on_the_page_do_what_they_say(public, tmp_path):
+    """As a person copies them.  Not oras's: its command is not to be had everywhere (its library: test_clients.py)."""
+    require("skopeo")
+    found = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", page(public), re.DOTALL)]
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "HF_HOME": str(tmp_path / "hf")}
+    env = os.environ | paths
+    done = []
+    for command in found:
+        if not command.startswith("oras"):
+            ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+            assert ran.returncode == 0, (command, ran.stderr)
+            done.append(ran.stdout)
+    weights = public.blob("model.safetensors", "stable")[1].read_bytes()
+    assert len(found) == 4 and len(done) == 3 and (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    assert OciLayout(tmp_path / "model-layout").find("stable") is not None
+    assert (Path(done[2].strip().splitlines()[-1]) / "model.safetensors").read_bytes() == weights
 
 
 def test_a_snapshot_s_page_has_its_figures_lineage_files_and_card(public):

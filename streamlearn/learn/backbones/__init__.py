@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones.regnet import REGNETY, RegNetY
 
-__all__ = ["Backbone", "build", "names"]
+__all__ = ["NORMS", "Backbone", "build", "names"]
+NORMS = ("bn", "gn_ws")
 
 
 class Backbone(Protocol):
@@ -21,8 +22,10 @@ def names() -> list[str]:
     return sorted(REGNETY)
 
 
-def build(name: str, stem: str = "imagenet") -> nn.Module:
-    """A randomly initialised trunk; it has `.width`.  Raises ConfigError for an unknown name."""
+def build(name: str, stem: str = "imagenet", norm: str = "bn") -> nn.Module:
+    """A randomly initialised trunk; it has `.width`.  `norm`: bn or gn_ws (norms.py).  Raises ConfigError for an unknown name."""
     if name not in REGNETY:
         raise ConfigError(f"model.backbone = {name!r}: unknown; one of {', '.join(names())}")
-    return RegNetY(REGNETY[name], stem)
+    if norm not in NORMS:
+        raise ConfigError(f"model.norm = {norm!r}: unknown; one of {', '.join(NORMS)}")
+    return RegNetY(REGNETY[name], stem, norm)

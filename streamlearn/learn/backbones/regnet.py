@@ -18,6 +18,7 @@ from pycls.models.regnet import adjust_ws_gs_comp, generate_regnet, get_stages_f
 from torch import Tensor, nn
 
 from streamlearn.learn.backbones.forms import Conv2d
+from streamlearn.learn.backbones.norms import without_batchnorm
 from streamlearn.learn.backbones.padding import BatchNorm2d, Spread, spread_of
 
 SE_RATIO = 0.25  # of the block's input width
@@ -86,9 +87,11 @@ class RegNetY(nn.Module):
 
     run: Callable[[nn.Module, Tensor], Tensor]
 
-    def __init__(self, stages: Stages, stem: str):
+    def __init__(self, stages: Stages, stem: str, norm: str = "bn"):
         super().__init__()
         model = anynet(stages, stem)
+        if norm == "gn_ws":
+            without_batchnorm(model)
         self.width = stages.widths[-1]
         self.spread: Spread | None = None  # of the last stage's channels, where they are padded
         self.run = plain  # how a block is gone through: what is kept, what is compiled (learn/fit.py)
@@ -109,7 +112,13 @@ class RegNetY(nn.Module):
 
 
 def padded(trunk: RegNetY, multiple: int) -> None:
-    """From now on `trunk` computes its groups in multiples of `multiple` channels (padding.py).  Raises TypeError for other norms than BatchNorm."""
+    """From now on `trunk` computes its groups in multiples of `multiple` channels (padding.py).
+
+    Raises TypeError, with nothing changed, for other norms than BatchNorm.
+    """
+    other = [m for m in trunk.modules() if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and type(m) is not nn.BatchNorm2d]
+    if other:
+        raise TypeError(f"{type(other[0]).__name__} cannot be padded")
     before: Spread | None = None
     for block in trunk.blocks():
         f: Any = block.f
@@ -124,13 +133,9 @@ def padded(trunk: RegNetY, multiple: int) -> None:
             conv = Conv2d.of(getattr(parent, name))
             conv.ins, conv.outs = ins, outs
             setattr(parent, name, conv)
-        for parent, name in norms:
-            if spread is None:
-                break
-            norm = getattr(parent, name)
-            if type(norm) is not nn.BatchNorm2d:
-                raise TypeError(f"{type(norm).__name__} cannot be padded")
-            setattr(parent, name, BatchNorm2d.of(norm, spread))
+        for parent, name in norms if spread is not None else ():
+            assert spread is not None
+            setattr(parent, name, BatchNorm2d.of(getattr(parent, name), spread))
         before = trunk.spread = spread
 
 
