@@ -1,5 +1,6 @@
 """The steps that bench.step compares.  Each is made from (backbone, crops, batch, device, home) and takes the crops of a batch."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.loading_peers import torchvision_transforms
 from streamlearn.contract.config import Config, CropConfig, ModelConfig, ObjectiveConfig, OptimConfig, StreamConfig, TrainConfig
 from streamlearn.learn.accumulate import backward
 from streamlearn.learn.model import Model
@@ -87,6 +89,33 @@ def plain(
     return step
 
 
+def lightly(backbone: str, crops: str, batch: int, device: torch.device, home: str) -> Step:
+    """lightly's own head, prototypes, loss and LARS as its SwAV example puts them together, around the plain trunk."""
+    torchvision_transforms()  # lightly imports torchvision, which must find its operators
+    heads = importlib.import_module("lightly.models.modules.heads")
+    criterion = importlib.import_module("lightly.loss.swav_loss").SwaVLoss()
+    config = config_of(backbone, crops, batch, device, home)
+    whole = Model(config.model)
+    trunk = Trunk(whole.trunk.to(memory_format=torch.contiguous_format), torch.contiguous_format)  # type: ignore[call-overload]
+    head = heads.SwaVProjectionHead(int(whole.trunk.width), *config.model.head)  # type: ignore[arg-type]
+    prototypes = heads.SwaVPrototypes(config.model.head[-1], config.objective.prototypes)
+    params = parameters_of(trunk, head, prototypes)
+    lars_of = importlib.import_module("lightly.utils.lars").LARS
+    optimizer = lars_of(params, lr=0.3, momentum=0.9, weight_decay=1e-6)
+
+    def step(crops: Sequence[Tensor]) -> Tensor:
+        prototypes.normalize()
+        views = [view for crop in crops for view in crop]
+        scores = [prototypes(F.normalize(head(trunk(view)), dim=1)) for view in views]
+        loss: Tensor = criterion(scores[:2], scores[2:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
 class Trunk(nn.Module):
     """pycls's modules one after the other."""
 
@@ -136,6 +165,7 @@ NHWC = torch.channels_last
 VARIANTS: dict[str, Callable[..., Step]] = {
     "ours": partial(ours, kernels="measured", recompute="selective"),
     "plain": plain,
+    "lightly": lightly,
     "defaults": ours,  # what follows shows what each part brings
     "measured": partial(ours, kernels="measured"),
     "selective": partial(ours, recompute="selective"),

@@ -96,19 +96,32 @@ def test_norms_made_again_keep_four_tensors_of_a_block_where_seven_were_kept_and
     assert kept["selective"] < 0.75 * kept["none"] and kept["full"] < 0.7 * kept["selective"], kept
 
 
-def test_what_was_made_again_is_given_back_without_waiting_for_the_garbage_collector():
+@pytest.mark.parametrize("end", ["backward", "dropped"])
+def test_what_is_to_be_made_again_is_given_back_without_waiting_for_the_garbage_collector(end):
     trunk, x = small()
     trunk.run = bottleneck
-    before = weakref.WeakSet(o for o in gc.get_objects() if isinstance(o, Again))  # what other tests left
-    y = trunk(x)
-    made = weakref.WeakSet(o for o in gc.get_objects() if isinstance(o, Again) and o not in before)
-    assert made
+    before = weakref.WeakSet(o for o in gc.get_objects() if type(o) is Again)  # what other tests left
     gc.disable()
     try:
-        y.sum().backward()
+        y = trunk(x)
+        made = weakref.WeakSet(o for o in gc.get_objects() if type(o) is Again and o not in before)
+        assert made
+        if end == "backward":
+            y.sum().backward()
+        else:  # a forward pass whose gradient nobody asks for
+            del y
         assert len(made) == 0
     finally:
         gc.enable()
+
+
+def test_a_forward_pass_without_gradient_leaves_nothing_to_be_made_again():
+    trunk, x = small()
+    trunk.run = bottleneck
+    before = sum(type(o) is Again for o in gc.get_objects())
+    with torch.no_grad():
+        y = trunk(x)
+    assert sum(type(o) is Again for o in gc.get_objects()) == before and not y.requires_grad
 
 
 def test_evaluation_and_calibration_with_kept_norms_are_the_plain_ones():

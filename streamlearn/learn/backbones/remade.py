@@ -47,7 +47,11 @@ class Forgetful:
 
 def _pack(table: Mapping[int, Again], tensor: Tensor) -> Any:
     again = table.get(tensor.untyped_storage().data_ptr())
-    return tensor if again is None else (again, tensor.size(), tensor.stride(), tensor.storage_offset())
+    if (
+        again is None
+    ):  # without its history: a node that keeps its own result, such as sigmoid's, would keep itself, and no collector sees that
+        return tensor.detach()
+    return again, tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 def _unpack(packed: Any) -> Tensor:
