@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones import build
+from streamlearn.learn.backbones.forms import as_products
 from streamlearn.learn.backbones.regnet import RegNetY, padded, plain
 from streamlearn.learn.backbones.remade import bottleneck
 from streamlearn.learn.model import Model
@@ -37,6 +38,8 @@ def fit(model: Model, config: Config, world: int = 1) -> None:
             padded(trunk, train.pad_groups)
         except TypeError as e:
             raise ConfigError(f"train.pad_groups = {train.pad_groups}: {e}: only BatchNorm is made for it; set it to 0") from e
+    if next(trunk.parameters()).device.type == "cpu":
+        as_products(trunk)
     if train.kernels == "measured":
         with torch.device("meta"):
             bare = build(config.model.backbone, config.model.stem, config.model.norm)

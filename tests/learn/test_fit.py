@@ -12,7 +12,7 @@ import torch
 from streamlearn.contract.config import ModelConfig
 from streamlearn.contract.errors import ConfigError
 from streamlearn.learn.backbones import build
-from streamlearn.learn.backbones.forms import LIBRARY, Conv2d, convolve, forms_of
+from streamlearn.learn.backbones.forms import LIBRARY, Conv2d, as_products, convolve, forms_of
 from streamlearn.learn.backbones.regnet import RegNetY, Stages, padded, plain
 from streamlearn.learn.backbones.remade import Again, bottleneck
 from streamlearn.learn.fit import CACHE, compiled, fit, whole_again
@@ -133,6 +133,22 @@ def test_evaluation_and_calibration_with_kept_norms_are_the_plain_ones():
             each(x)
         each.eval()
     assert torch.equal(trunk(x), other(x)) and same(trunk.state_dict(), other.state_dict()) == set()
+
+
+def test_on_a_cpu_every_1_x_1_convolution_is_a_product_and_the_trunk_computes_what_it_did_in_float64():
+    trunk, x = small(torch.float64)
+    other = copy.deepcopy(trunk)
+    as_products(other)
+    products = {n for n, m in other.named_modules() if isinstance(m, Conv2d) and m.usual == "matmul"}
+    assert products == {n for n, m in trunk.named_modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)}
+    assert any(".se." in n for n in products) and [n for n, _ in other.named_parameters()] == [n for n, _ in trunk.named_parameters()]
+    for one, two in zip(grads(trunk, x), grads(other, x), strict=True):
+        torch.testing.assert_close(two, one, atol=1e-11, rtol=1e-11)
+    before = grads(other, x)
+    other.run = bottleneck
+    for buffer, kept in zip(other.buffers(), before[2].values(), strict=True):
+        buffer.copy_(kept)
+    assert same(before[1], grads(other, x)[1]) == set()  # made again to the same bits, as products too
 
 
 def test_padded_channels_change_nothing_and_weights_keep_their_shapes():

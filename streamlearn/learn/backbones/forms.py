@@ -58,9 +58,10 @@ def forms_of(weight: Tensor, groups: int) -> list[str]:
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, half padded, in the form that is set for its input's shape (elsewhere the library's), and on padded channels (padding.py)."""
+    """torch's, half padded, in the form that is set for its input's shape (elsewhere in its usual one), and on padded channels (padding.py)."""
 
     forms: Mapping[tuple[int, ...], str]
+    usual: str
     ins: Spread | None  # how the input's channels lie; None: as the weight's
     outs: Spread | None
 
@@ -72,7 +73,7 @@ class Conv2d(nn.Conv2d):
         with torch.device("meta"):
             made = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)  # type: ignore[arg-type]
         made.weight, made.bias = conv.weight, conv.bias
-        made.forms, made.ins, made.outs = {}, None, None
+        made.forms, made.usual, made.ins, made.outs = {}, LIBRARY, None, None
         return made.train(conv.training)
 
     def computed_weight(self) -> Tensor:
@@ -83,11 +84,26 @@ class Conv2d(nn.Conv2d):
         return weight if self.outs is None else self.outs.wide(weight, 0)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        form = self.forms.get(tuple(x_NCHW.shape), LIBRARY)
+        form = self.forms.get(tuple(x_NCHW.shape), self.usual)
         y = convolve(x_NCHW, self.computed_weight(), int(self.stride[0]), self.groups, form)
         if self.bias is None:
             return y
         return y + (self.bias if self.outs is None else self.outs.wide(self.bias, 0)).view(-1, 1, 1)
+
+
+def as_products(trunk: nn.Module) -> None:
+    """From now on every 1 x 1 convolution of torch's in `trunk`, those of squeeze-and-excitation included, is usually a matrix product.
+
+    On a CPU that took 0.5 to 0.9 of the library's time, forward and backward, in each layer that was measured (docs/speed.md).
+    """
+    found = [(name, m) for name, m in trunk.named_modules() if type(m) in (nn.Conv2d, Conv2d)]
+    for name, conv in found:
+        assert isinstance(conv, nn.Conv2d)
+        if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0) and len(set(conv.stride)) == 1:
+            parent, _, leaf = name.rpartition(".")
+            conv = Conv2d.of(conv)
+            conv.usual = "matmul"
+            setattr(trunk.get_submodule(parent), leaf, conv)
 
 
 def suited(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pycls.models.anynet import ResBottleneckBlock
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -62,7 +63,12 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def bottleneck(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """What `block`, pycls's ResBottleneckBlock, makes of (N,C,H,W)."""
+    """What `block` makes of (N,C,H,W).
+
+    Only a plain ResBottleneckBlock of pycls is gone through in this way.  FSDP2 gives a block another class, whose call gathers the weights: it is called.
+    """
+    if type(block) is not ResBottleneckBlock:
+        return block(x_NCHW)  # type: ignore[no-any-return]
     f: Any = block.f
     y = normed(f.a(x_NCHW), f.a_bn, None, f.b)
     y = f.c_bn(normed(y, f.b_bn, getattr(f, "se", None), f.c))
