@@ -115,6 +115,21 @@ def test_what_is_to_be_made_again_is_given_back_without_waiting_for_the_garbage_
         gc.enable()
 
 
+def test_a_block_of_another_class_is_called_for_its_call_may_gather_its_weights():
+    trunk, x = small()
+    trunk.run = bottleneck
+    calls = []
+
+    class Gathering(type(trunk.s1.b1)):  # as FSDP2's fully_shard does it
+        def __call__(self, *args):
+            calls.append(args)
+            return super().__call__(*args)
+
+    trunk.s1.b1.__class__ = Gathering
+    trunk(x)
+    assert len(calls) == 1
+
+
 def test_a_forward_pass_without_gradient_leaves_nothing_to_be_made_again():
     trunk, x = small()
     trunk.run = bottleneck
