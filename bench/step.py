@@ -90,7 +90,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backbones", nargs="+", default=["regnety-200mf", "regnety-400mf"])
     parser.add_argument("--crops", nargs="+", choices=CROPS, default=["small", "full"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["ours", "plain", "lightly"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["ours", "selective", "plain", "lightly"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)

@@ -77,7 +77,7 @@ class TrainConfig(Section):
     device: str = "cpu"  # as torch names it
     precision: Literal["float32", "bfloat16"] = "float32"  # of trunk and head; weights, statistics, prototypes and loss stay float32
     recompute: Literal["none", "selective", "full"] = (
-        "selective"  # what is made again in the backward pass, not kept: norms and ReLUs, or whole blocks
+        "none"  # what is made again in the backward pass, not kept: norms and ReLUs, or whole blocks
     )
     kernels: Literal["library", "measured"] = "library"  # measured: each convolution in the form that is fastest here (learn/tuning.py)
     compile: bool = False  # the trunk's blocks through torch.compile
