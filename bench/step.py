@@ -1,150 +1,123 @@
-"""One training step on a CPU: ours against a plain eager step, same model, crops, batch and threads, in one run.
+"""One training step: ours against lightly's and a plain eager step, same model, crops, batch and threads, in one run.
 
-    python -m bench.step --backbone regnety-200mf --batch 16 --threads 1
+    pip install --no-deps --target PEER lightly==1.6.0 torchvision==0.28.0     # of torch 2.13
+    python -m bench.step --lightly PEER      # CPU: 200MF and 400MF at both sizes of crops
+    python -m bench.step --backbones regnety-200mf --crops small --batch 16
+    python -m bench.step --device cuda       # one GPU: bench/step_cuda.py says what
 
-The peer is how SwAV is commonly written (as in lightly): one forward for each crop, NCHW, exp-domain Sinkhorn, LARS tensor by tensor with
-its host syncs.  Prints images/s (median over the timed steps, the two taking turns) and peak memory of each, measured in processes of their own.
+`lightly` is that package's SwAV: its head, prototypes, loss and LARS around pycls's RegNetY in NCHW, one forward for each crop as in its example.
+`plain` is the same step written out here (exp-domain Sinkhorn, a product of all pairs in the loss, LARS tensor by tensor with its host
+syncs), for where the package is not at hand.  Ours has the moving average to update besides.  Prints images/s and peak memory of each,
+measured in processes of their own that take turns; of all timed steps the least counts, for other work on the machine can only add to
+it.  On a machine with much other work the ratio of CPU time is the one to go by, with --threads 1.  Peak memory is resident; of it `start` MiB
+were there before the model was made.
 """
 
 import argparse
+import importlib.util
 import json
 import resource
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from streamlearn.contract.config import Config, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from streamlearn.learn.objectives import parameters_of
-from streamlearn.learn.state import fresh_state
-
-CROPS = {"small": ((2, 96), (4, 48)), "full": ((2, 224), (4, 96))}
-
-
-def make(backbone: str, batch: int) -> Config:
-    return Config(
-        model=ModelConfig(backbone=backbone, head=(2048, 128)),
-        objective=ObjectiveConfig(prototypes=3000, freeze_prototypes=0),
-        train=TrainConfig(batch=batch, optim=OptimConfig(kind="lars", lr=0.3, warmup_steps=0)),
-    )
-
-
-def ours(config: Config, crops: list[Tensor]) -> Callable[[], float]:
-    state = fresh_state(config)
-
-    def step() -> float:
-        loss, _ = state.objective.loss(state.model(crops), state.step, len(crops[0]))
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        state.optimizer.step()
-        state.objective.after_step(state.step)
-        state.ema.update(state.model, state.step, state.policy.steady_since)
-        return float(loss.detach())
-
-    return step
-
-
-def peer(config: Config, crops: list[Tensor]) -> Callable[[], float]:
-    """The plain step."""
-    state = fresh_state(config)
-    trunk = state.model.trunk.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    head, prototypes = state.model.head, state.objective.prototypes
-    params = parameters_of(state.model, state.objective)
-    buffers = [torch.zeros_like(p) for p in params]
-    views = [view for crop in crops for view in crop]
-
-    def features(view: Tensor) -> Tensor:
-        x = view
-        for child in trunk.children():
-            x = child(x)
-        return x.mean((2, 3))
-
-    def sinkhorn(scores: Tensor) -> Tensor:
-        q = torch.exp(scores / 0.05).T
-        q /= q.sum()
-        for _ in range(3):
-            q /= q.sum(1, keepdim=True) * q.shape[0]
-            q /= q.sum(0, keepdim=True) * q.shape[1]
-        return (q * q.shape[1]).T
-
-    def step() -> float:
-        with torch.no_grad():
-            prototypes.weight.copy_(F.normalize(prototypes.weight, dim=1))
-        scores = [prototypes(F.normalize(head(features(view)), dim=1)) for view in views]
-        terms = []
-        for a in range(2):
-            q = sinkhorn(scores[a].detach())
-            terms += [-(q * F.log_softmax(s / 0.1, 1)).sum(1).mean() for v, s in enumerate(scores) if v != a]
-        loss = torch.stack(terms).mean()
-        for p in params:
-            p.grad = None
-        loss.backward()
-        with torch.no_grad():
-            for p, b in zip(params, buffers, strict=True):
-                assert p.grad is not None
-                p_norm, g_norm = p.norm(), p.grad.norm()
-                grad = p.grad
-                if p_norm.item() and g_norm.item():
-                    grad = (grad + 1e-6 * p) * (0.001 * p_norm / (g_norm + 1e-6 * p_norm + 1e-8))
-                b.mul_(0.9).add_(grad)
-                p.add_(b, alpha=-0.3)
-        return float(loss.detach())
-
-    return step
-
-
-STEPS = {"ours": ours, "plain": peer}
+from bench.step_variants import CROPS, MEASURING, VARIANTS, crops_of
 
 
 def measure(which: str, args: argparse.Namespace) -> dict[str, float]:
-    """In this process: seconds of the median step, peak resident memory in MiB."""
+    """In this process: least seconds of a step, least CPU seconds of a step, peak resident memory in MiB at the end and before the model."""
     torch.set_num_threads(args.threads)
-    config = make(args.backbone, args.batch)
-    g = torch.Generator().manual_seed(0)
-    crops = [torch.randn(count, args.batch, 3, size, size, generator=g) for count, size in CROPS[args.crops]]
-    step, times = STEPS[which](config, crops), []
+    if args.lightly:
+        sys.path.append(args.lightly)
+    start = peak_mib()
+    crops = crops_of(args.crops[0], args.batch, torch.device("cpu"))
+    step, times = VARIANTS[which](args.backbones[0], args.crops[0], args.batch, torch.device("cpu"), args.home), []
     for i in range(args.warmup + args.steps):
-        began = time.perf_counter()
-        step()
+        began, used = time.perf_counter(), time.process_time()
+        loss = step(crops)
         if i >= args.warmup:
-            times.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(times), "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            times.append((time.perf_counter() - began, time.process_time() - used))
+    return {"seconds": min(t for t, _ in times), "cpu": min(c for _, c in times), "mib": peak_mib(), "start": start, "loss": float(loss)}
 
 
-def compare(args: argparse.Namespace) -> None:
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in STEPS}
-    for _ in range(args.rounds):  # taking turns: a noisy neighbour disturbs both
-        for name in STEPS:
-            out = subprocess.run(
-                [sys.executable, "-m", "bench.step", *sys.argv[1:], "--only", name], capture_output=True, text=True, check=True
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def compare(args: argparse.Namespace, backbone: str, crops: str, home: str) -> None:
+    """One table row for each variant; the ratios are ours to it, and memory as a share of it."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.variants}
+    options = ["--backbones", backbone, "--crops", crops, "--home", home, "--lightly", args.lightly]
+    options += [f"--{name}={getattr(args, name)}" for name in ("batch", "threads", "steps", "warmup")]
+    for turn in range(args.rounds + 1):  # taking turns: a noisy neighbour disturbs all
+        for name in args.variants:
+            if turn == 0 and name not in MEASURING:
+                continue  # the first round is for what is measured once and remembered
+            command = [sys.executable, "-m", "bench.step", *options, "--only", name]
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            if turn:
+                results[name].append(json.loads(out.stdout))
+    print(f"{backbone}, crops {crops}, batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}")
+    for line in table(results, args.batch):
+        print(line, flush=True)
+
+
+def table(results: dict[str, list[dict[str, float]]], batch: int) -> list[str]:
+    """Of each variant the least times and the largest memory of its rounds, and how the first variant stands to it."""
+    rows = {
+        name: {key: (max if key in ("mib", "start") else min)(r[key] for r in found) for key in ("seconds", "cpu", "mib", "start")}
+        for name, found in results.items()
+    }
+    mine_name, mine = next(iter(rows.items()))
+    lines = []
+    for name, row in rows.items():
+        line = f"  {name:10s} {batch / row['seconds']:7.2f} images/s  {batch / row['cpu']:7.2f} images/CPU s"
+        line += f"  {row['mib']:6.0f} MiB peak (start {row['start']:.0f})"
+        if name != mine_name:
+            line += f"   {mine_name} / {name}: wall {row['seconds'] / mine['seconds']:.2f} x, CPU time {row['cpu'] / mine['cpu']:.2f} x, "
+            line += (
+                f"memory {mine['mib'] / row['mib']:.2f} x, beyond start {(mine['mib'] - mine['start']) / (row['mib'] - row['start']):.2f} x"
             )
-            results[name].append(json.loads(out.stdout))
-    print(f"{args.backbone}, crops {args.crops}, batch {args.batch}, {args.threads} thread(s), torch {torch.__version__}")
-    rate = {}
-    for name, found in results.items():
-        seconds, mib = statistics.median(r["seconds"] for r in found), max(r["mib"] for r in found)
-        rate[name] = args.batch / seconds
-        print(f"  {name:6s} {rate[name]:8.2f} images/s   {1000 * seconds:8.1f} ms/step   {mib:7.0f} MiB peak")
-    print(f"  ratio  {rate['ours'] / rate['plain']:8.2f} x")
+        lines.append(line)
+    return lines
 
 
-if __name__ == "__main__":
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="regnety-200mf")
-    parser.add_argument("--crops", choices=CROPS, default="small")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--backbones", nargs="+", default=["regnety-200mf", "regnety-400mf"])
+    parser.add_argument("--crops", nargs="+", choices=CROPS, default=["small", "full"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["ours", "selective", "plain", "lightly"])
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=STEPS)
-    arguments = parser.parse_args()
+    parser.add_argument("--home", default="", help="for the kernels' file; else a temporary folder")
+    parser.add_argument(
+        "--lightly", default="", help="folder that has lightly and torchvision; else they are the environment's, or lightly is left out"
+    )
+    parser.add_argument("--only", choices=VARIANTS, help="measure one in this process")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if "cuda" in sys.argv:
+        from bench.step_cuda import main
+
+        main()
+        sys.exit()
+    arguments = parsed()
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments)))
     else:
-        compare(arguments)
+        if not arguments.lightly and importlib.util.find_spec("lightly") is None:
+            print("lightly is not installed, and left out: --lightly names a folder that has it")
+            arguments.variants = [v for v in arguments.variants if v != "lightly"]
+        with tempfile.TemporaryDirectory() as folder:
+            for backbone in arguments.backbones:
+                for crops in arguments.crops:
+                    compare(arguments, backbone, crops, arguments.home or folder)

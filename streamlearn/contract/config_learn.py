@@ -80,6 +80,13 @@ class TrainConfig(Section):
         default=0, ge=0
     )  # neighbouring processes that share BatchNorm's statistics; 0, or more than there are: all; 1: none
     ranks_timeout_s: float = Field(default=1800.0, gt=0)  # a process that the others wait for so long is lost, and all end
+    precision: Literal["float32", "bfloat16"] = "float32"  # of trunk and head; weights, statistics, prototypes and loss stay float32
+    recompute: Literal["none", "selective", "full"] = (
+        "none"  # what is made again in the backward pass, not kept: norms and ReLUs, or whole blocks
+    )
+    kernels: Literal["library", "measured"] = "library"  # measured: each convolution in the form that is fastest here (learn/tuning.py)
+    compile: bool = False  # the trunk's blocks through torch.compile
+    pad_groups: int = Field(default=0, ge=0)  # group widths are computed as multiples of this; weights keep their shapes; 0: as they are
     optim: OptimConfig = OptimConfig()
     plateau: PlateauConfig = PlateauConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the average, at least; at first (1 + step) / (10 + step)

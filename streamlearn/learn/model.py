@@ -1,6 +1,7 @@
 """Trunk and projection head."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,16 @@ class Model(nn.Module):
             width = size
         self.head = nn.Sequential(*layers, nn.Linear(width, out))
         self.embedding = out
+        self.precision = torch.float32  # of what trunk and head compute, not of their weights (learn/fit.py)
         # whether a view's embedding is the same without the views of other resolutions: the head sees all of them together
         self.views_apart = config.head_norm == "none" or len(config.head) == 1
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """crops: one (V_r,B,3,S_r,S_r) a resolution -> (V,B,D), unit length, V over all resolutions in order."""
         batch = crops[0].shape[1]
-        features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
+        whole = self.precision == torch.float32
+        with nullcontext() if whole else torch.autocast(crops[0].device.type, self.precision):
+            features = torch.cat([self.trunk(crop.flatten(0, 1)) for crop in crops])
+            z = self.head(features)
         # FSDP wants no view for a result
-        return F.normalize(self.head(features).float().unflatten(0, (-1, batch)), dim=-1)
+        return F.normalize(z.float().unflatten(0, (-1, batch)), dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from streamlearn.contract.config import Config
 from streamlearn.learn.ema import Ema
+from streamlearn.learn.fit import fit
 from streamlearn.learn.guard import Guard
 from streamlearn.learn.lr_policy import HalveOnPlateau
 from streamlearn.learn.model import Model
@@ -113,6 +114,7 @@ def fresh_state(config: Config, begin: Callable[[TrainState], None] | None = Non
         objective = build_objective(config.objective, model.embedding, assign=assign, batch=train.batch, ranks=ranks)
     model.to(device_of(train.device))
     objective.to(device_of(train.device))
+    fit(model, config, ranks.world)
     optim = train.optim.for_batch(train.batch)
     policy = HalveOnPlateau(optim, train.plateau, probed=bool(config.plateau_bank), made_of=made_of(config))
     guard = Guard(config.objective.prototypes, train.guard_looks)

@@ -8,14 +8,18 @@ The SEER paper (arXiv:2103.01988, section 3.2) quotes depths (2,7,17,1) and widt
 the released one, `regnety-128gf` the one whose widths the paper quotes.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pycls.models.anynet import AnyNet
 from pycls.models.regnet import adjust_ws_gs_comp, generate_regnet, get_stages_from_blocks
 from torch import Tensor, nn
 
+from streamlearn.learn.backbones.forms import Conv2d
 from streamlearn.learn.backbones.norms import without_batchnorm
+from streamlearn.learn.backbones.padding import BatchNorm2d, Spread, spread_of
 
 SE_RATIO = 0.25  # of the block's input width
 STEMS = {"imagenet": "simple_stem_in", "cifar": "res_stem_cifar"}
@@ -81,19 +85,59 @@ def anynet(stages: Stages, stem: str) -> AnyNet:
 class RegNetY(nn.Module):
     """Stem, stages, global average pool."""
 
+    run: Callable[[nn.Module, Tensor], Tensor]
+
     def __init__(self, stages: Stages, stem: str, norm: str = "bn"):
         super().__init__()
         model = anynet(stages, stem)
         if norm == "gn_ws":
             without_batchnorm(model)
         self.width = stages.widths[-1]
+        self.spread: Spread | None = None  # of the last stage's channels, where they are padded
+        self.run = plain  # how a block is gone through: what is kept, what is compiled (learn/fit.py)
         for name, child in model.named_children():
             if name != "head":
                 self.add_module(name, child)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.4 x faster on CPUs (bench/step.py)
 
+    def blocks(self) -> Iterator[nn.Module]:
+        return (block for name, stage in self.named_children() if name != "stem" for block in stage.children())
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        x = images_BCHW.contiguous(memory_format=torch.channels_last)
-        for child in self.children():
-            x = child(x)
-        return x.mean((2, 3))
+        x = self.stem(images_BCHW.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+        for block in self.blocks():
+            x = self.run(block, x)
+        features = x.mean((2, 3))
+        return features if self.spread is None else self.spread.true(features, 1)
+
+
+def padded(trunk: RegNetY, multiple: int) -> None:
+    """From now on `trunk` computes its groups in multiples of `multiple` channels (padding.py).
+
+    Raises TypeError, with nothing changed, for other norms than BatchNorm.
+    """
+    other = [m for m in trunk.modules() if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and type(m) is not nn.BatchNorm2d]
+    if other:
+        raise TypeError(f"{type(other[0]).__name__} cannot be padded")
+    before: Spread | None = None
+    for block in trunk.blocks():
+        f: Any = block.f
+        spread = spread_of(f.b.groups, f.b.weight.shape[1], multiple)
+        convs = [(f, "a", before, spread), (f, "b", spread, spread), (f, "c", spread, spread)]
+        convs += [(f.se.f_ex, "0", spread, None), (f.se.f_ex, "2", None, spread)]
+        norms = [(f, "a_bn"), (f, "b_bn"), (f, "c_bn")]
+        if block.proj_block:
+            convs.append((block, "proj", before, spread))
+            norms.append((block, "bn"))
+        for parent, name, ins, outs in convs:
+            conv = Conv2d.of(getattr(parent, name))
+            conv.ins, conv.outs = ins, outs
+            setattr(parent, name, conv)
+        for parent, name in norms if spread is not None else ():
+            assert spread is not None
+            setattr(parent, name, BatchNorm2d.of(getattr(parent, name), spread))
+        before = trunk.spread = spread
+
+
+def plain(block: nn.Module, x_BCHW: Tensor) -> Tensor:
+    return block(x_BCHW)
