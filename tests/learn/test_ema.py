@@ -101,7 +101,9 @@ def test_halvings_orders_retreats_and_another_configuration_let_it_begin_anew_an
     assert one.steady_since == 80
     one.command("set", 0.2, 90)
     assert one.steady_since == 90
-    one.retreat(100)
+    one.retreat(95, at_most=0.2, halve=False)  # after a rollback for which the rate is not to blame
+    assert one.steady_since == 90
+    one.retreat(100, at_most=0.2, halve=True)
     assert one.steady_since == 100
     saved = one.state_dict()
     other = HalveOnPlateau(OptimConfig(lr=2.0, warmup_steps=30), PlateauConfig())
