@@ -33,9 +33,17 @@ def test_a_run_without_fault_raises_no_alarm_and_says_how_near_it_came(found):
     }
 
 
+def skipped(rollbacks):
+    """Steps passed over in what is left: one that goes back further undoes what the one before it had skipped."""
+    spans = []
+    for r in rollbacks:
+        spans = [(start, min(end, r["to"])) for start, end in spans if start < r["to"]] + [(r["to"], r["step"])]
+    return sum(end - start for start, end in spans)
+
+
 @pytest.mark.parametrize("arm", ["nan", "constant", "overflow"])
 def test_each_fault_is_found_and_undone_and_the_learner_goes_on_to_publish(found, arm):
     one = found[arm]
     first = one["rollbacks"][0]
     assert first["to"] <= 30 < first["step"] <= 51 and one["given_up"] == "" and "60" in one["found"]
-    assert one["skipped"] == sum(r["step"] - r["to"] for r in one["rollbacks"])
+    assert one["skipped"] == skipped(one["rollbacks"])

@@ -47,7 +47,9 @@ def test_the_trunk_is_taken_and_everything_else_begins_as_ever(tmp_path):
     x = images(2, 3, 64, 64)
     with torch.inference_mode():
         for model in (state.model, state.ema.model):
-            plain = build("regnety-200mf", "imagenet")  # the learner's own is computed otherwise (learn/fit.py), to the same but for rounding
+            plain = build(
+                "regnety-200mf", "imagenet"
+            )  # the learner's own is computed otherwise (learn/fit.py), to the same but for rounding
             plain.load_state_dict(model.trunk.state_dict())
             assert torch.equal(plain.to(memory_format=torch.channels_last).eval()(x), trunk(x))
             torch.testing.assert_close(model.trunk.eval()(x), trunk(x))
