@@ -68,9 +68,9 @@ def measure(model: str, variant: str, args: argparse.Namespace) -> dict[str, Any
     tflop = train_tflop(model, args.crops, device)
     return {
         "batch": batch,
-        "images_s": round(batch / seconds, 2),
+        "images_s": round(batch / seconds, 4),
         "ms": round(1000 * seconds, 2),
-        "tflop_s": round(tflop * batch / seconds, 2),
+        "tflop_s": round(tflop * batch / seconds, 6),
         "mfu": round(tflop * batch / seconds / args.peak_tflops, 4),
         "gib": round(memory, 2),
         "steps": len(times) - warm,
