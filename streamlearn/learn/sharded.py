@@ -157,11 +157,13 @@ class _Writer(StorageWriter):
         """Step 2."""
         results: list[WriteResult] = []
         run: list[tuple[MetadataIndex, bytes]] = []
+        size = 0
         for item in plan.items:
             run.append((item.index, _bytes(planner.resolve_data(item))))
-            if sum(len(data) for _, data in run) >= PART_BYTES:
+            size += len(run[-1][1])
+            if size >= PART_BYTES:
                 results += self._put(run)
-                run = []
+                run, size = [], 0
         future: Future[list[WriteResult]] = Future()
         future.set_result(results + self._put(run))
         return future

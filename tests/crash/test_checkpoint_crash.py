@@ -5,36 +5,9 @@ import threading
 import pytest
 import torch
 
-from streamlearn.contract.errors import Corrupt, StoreFull
-from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.errors import Corrupt
 from streamlearn.learn.checkpoint import POINTER, Checkpoints
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing of ours may survive it, as nothing survives kill -9."""
-
-
-class DyingStore(FolderStore):
-    """Dies before or after the n-th call of one kind on keys that contain a word."""
-
-    die_at = None  # (method, word, before | after)
-    full = False
-
-    def _at(self, method, key, when):
-        if self.die_at == (method, "latest" if key == POINTER else "checkpoint", when):
-            raise Killed
-
-    def put(self, key, data):
-        if self.full:
-            raise StoreFull("no space left", after_s=0.0)
-        self._at("put", key, "before")
-        super().put(key, data)
-        self._at("put", key, "after")
-
-    def delete(self, key):
-        self._at("delete", key, "before")
-        super().delete(key)
-        self._at("delete", key, "after")
+from tests.crash.dying import DyingStore, Killed
 
 
 def state(step):
@@ -52,7 +25,7 @@ def save(store, step, keep=2):
     return checkpoints
 
 
-STEPS = [(m, w, t) for m, w in (("put", "checkpoint"), ("put", "latest"), ("delete", "checkpoint")) for t in ("before", "after")]
+STEPS = [(m, w, t) for m, w in (("put", "pt"), ("put", "latest"), ("delete", "pt")) for t in ("before", "after")]
 
 
 @pytest.mark.parametrize("die_at", STEPS, ids=" ".join)
@@ -110,10 +83,10 @@ def test_a_pointer_that_is_not_json_is_named(store):
 
 def test_a_full_store_fails_the_attempt_and_not_the_training(store):
     checkpoints = save(store, 1)
-    store.full = True
+    store.full = ("pt", "latest")
     checkpoints.save(state(2), 2, wait=True)
     assert checkpoints.failures == 1 and Checkpoints(store, keep=2).load()["step"] == 1
-    store.full = False
+    store.full = ()
     checkpoints.save(state(3), 3, wait=True)
     assert Checkpoints(store, keep=2).load()["step"] == 3
 

@@ -6,39 +6,15 @@ import threading
 import pytest
 import torch
 
-from streamlearn.contract.errors import Corrupt, StoreFull
-from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.errors import Corrupt
 from streamlearn.learn import sharded
 from streamlearn.learn.checkpoint import POINTER, Checkpoints
 from streamlearn.learn.state import fresh_state
 from streamlearn.learn.trainer import train
-from tests.crash.test_checkpoint_crash import Killed
+from tests.crash.dying import DyingStore, Killed
 from tests.learn.world import batches, same, small_config
 
 KINDS = ("part", "rest", "json", "latest")
-
-
-class DyingStore(FolderStore):
-    """Dies before or after the first call of one kind on keys of one kind."""
-
-    die_at = None  # (method, kind, before | after)
-    full = ""  # kind of key that finds no room
-
-    def _at(self, method, key, when):
-        if self.die_at == (method, "latest" if key == POINTER else key.rpartition(".")[2], when):
-            raise Killed
-
-    def put(self, key, data):
-        if self.full and key.endswith(self.full):
-            raise StoreFull("no space left", after_s=0.0)
-        self._at("put", key, "before")
-        super().put(key, data)
-        self._at("put", key, "after")
-
-    def delete(self, key):
-        self._at("delete", key, "before")
-        super().delete(key)
-        self._at("delete", key, "after")
 
 
 def state(step):
@@ -122,10 +98,10 @@ def test_an_index_that_is_none_is_named(store):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_full_store_fails_the_attempt_and_not_the_training(store, kind):
     checkpoints = save(store, 1)
-    store.full = kind
+    store.full = (kind,)
     checkpoints.save(state(2), 2, wait=True)
     assert checkpoints.failures == 1 and Checkpoints(store, keep=2).load()["step"] == 1
-    store.full = ""
+    store.full = ()
     checkpoints.save(state(3), 3, wait=True)
     assert Checkpoints(store, keep=2).load()["step"] == 3
 
