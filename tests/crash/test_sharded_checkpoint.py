@@ -124,9 +124,10 @@ def test_training_goes_on_while_it_is_written_and_what_is_written_is_the_state_o
 
 
 def test_a_large_one_is_put_in_pieces(store, monkeypatch):
-    monkeypatch.setattr(sharded, "PART_BYTES", 10)
+    monkeypatch.setattr(sharded, "PART_BYTES", 15)
     save(store, 1)
-    assert len([key for key in store.list("checkpoints/") if key.endswith("part")]) > 1
+    sizes = [len(store.get(key)) for key in store.list("checkpoints/") if key.endswith("part")]
+    assert len(sizes) > 1 and sum(size < 15 for size in sizes) <= 1  # small tensors share one; only what is left over is smaller
     assert same(Checkpoints(store, keep=2).load(), state(1)) == set()
 
 
