@@ -82,7 +82,8 @@ def generations(told: Told) -> list[tuple[float, str]]:
 
 
 def _now(points: list[tuple[float, float]]) -> str:
-    last = [y for _, y in points[-10:]]
+    end = max(1, min(10, len(points) // 5))  # of a short run no more than its end: else "now" is the whole of it
+    last = [y for _, y in points[-end:]]
     return f"now {sum(last) / len(last):.3f} nats, {points[0][1]:.3f} at first" if last else ""
 
 
