@@ -31,8 +31,8 @@ from bench.passes import A_SHARD, coloured
 from bench.shards import publish
 from streamlearn.contract import durable
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.object_store import FolderStore
-from streamlearn.learn.checkpoint import POINTER, Checkpoints
+from streamlearn.contract.object_store import POINTER, FolderStore
+from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.stream.audit import audit
 
 STRIKES = ("a rank", "torchrun", "the writer of a checkpoint")

@@ -31,9 +31,8 @@ from streamlearn.contract.config import Config, CropConfig, ModelConfig, Objecti
 from streamlearn.contract.errors import NotFound
 from streamlearn.contract.export import Export
 from streamlearn.contract.metrics import LearnerMetrics
-from streamlearn.contract.object_store import FolderStore, ObjectStore
+from streamlearn.contract.object_store import POINTER, FolderStore, ObjectStore
 from streamlearn.contract.status import Heartbeat
-from streamlearn.learn.checkpoint import POINTER
 from streamlearn.learn.inputs import Sources
 from streamlearn.learn.ranks import Ranks, joined, meeting
 from streamlearn.learn.run import run_train

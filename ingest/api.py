@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from ingest.connectors.worker import Workers
 from streamlearn.contract.config import Config, ConnectConfig
 from streamlearn.contract.errors import ConfigError, NotFound, Retryable
 from streamlearn.contract.event_log import CANDIDATES, SOURCE_STATE, EventLog
+from streamlearn.contract.metrics import OTHER, ConnectMetrics
 
 MAX_BODY = 2**18  # bytes
 logger = logging.getLogger(__name__)
@@ -279,7 +281,24 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     return web.json_response({"error_code": status, "message": message}, status=status)
 
 
-def application(api: Api) -> web.Application:
+def route_of(request: web.Request) -> str:
+    """Of metrics.API_ROUTES: never a connector's name."""
+    resource = request.match_info.route.resource
+    return OTHER if resource is None else resource.canonical
+
+
+def application(api: Api, metrics: ConnectMetrics) -> web.Application:
+    @web.middleware
+    async def counted(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began, route, code = time.monotonic(), route_of(request), "5xx"
+        try:
+            answer = await handler(request)
+            code = f"{answer.status // 100}xx"
+            return answer
+        finally:  # one that is given up by its sender, too
+            metrics.requests.labels(route, code).inc()
+            metrics.seconds.labels(route).observe(time.monotonic() - began)
+
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not api.token and not _loopback(request.url.host or ""):  # a page whose name a browser was told to find here
@@ -289,7 +308,7 @@ def application(api: Api) -> web.Application:
             raise Wrong(401, "send Authorization: Bearer, with the token of STREAMLEARN_REST_TOKEN")
         return await handler(request)
 
-    app = web.Application(middlewares=[_errors, guarded], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[counted, _errors, guarded], client_max_size=MAX_BODY)
     app.add_routes(routes(api))
     return app
 
@@ -324,14 +343,14 @@ class Server:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
 
-def serve(api: Api, config: ConnectConfig) -> Server:
+def serve(api: Api, config: ConnectConfig, metrics: ConnectMetrics) -> Server:
     """Raises ConfigError: the port is taken, or anybody could give orders."""
     if not api.token and not _loopback(config.rest_host):
         raise ConfigError(
             f"connect.rest_host = {config.rest_host!r} can be reached by others, and no token is asked of them: "
             "set the environment variable STREAMLEARN_REST_TOKEN, or rest_host = '127.0.0.1'"
         )
-    return Server(application(api), config.rest_host, config.rest_port)
+    return Server(application(api, metrics), config.rest_host, config.rest_port)
 
 
 def _loopback(host: str) -> bool:

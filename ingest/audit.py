@@ -250,7 +250,7 @@ def _delete_old(store: ObjectStore, keys: Iterable[str], older_than_s: float, dr
 def _logged(log: EventLog) -> dict[Place, tuple[str, int | None]]:
     """(the log's own name of the topic, group offset) of the partitions that the fetcher reads."""
     found = {}
-    for topic in _topics(log):
+    for topic in fetched_topics(log):
         for partition in range(log.partitions(topic)):
             found[place_name(log, topic), partition] = (topic, log.committed(group_of(log), topic, partition))
     return found
@@ -263,8 +263,8 @@ def _by_place(rows: Iterable[ShardRow], logged: Iterable[Place]) -> dict[Place, 
     return found
 
 
-def _topics(log: EventLog) -> Iterator[str]:
-    """Candidates, and as many retry topics as there are."""
+def fetched_topics(log: EventLog) -> Iterator[str]:
+    """What fetchers read: candidates, and as many retry topics as there are."""
     for topic in chain([CANDIDATES], map(retry_topic, count())):
         try:
             log.partitions(topic)

@@ -90,6 +90,7 @@ class Unit:
     opened_at: float  # monotonic, at its first record
     outcomes: list[Outcome] = field(default_factory=list)
     after: list[NewRecord] = field(default_factory=list)  # retries and dead letters, for step 5
+    discovered: list[str] = field(default_factory=list)  # when, RFC 3339, each that is stored: for the metrics
     closed: tuple[str, int] | None = None  # sha256, bytes
     spooled: bool = False  # step 2 is done: nothing more is written to its disk
     committed: bool = False  # step 4 is done

@@ -22,7 +22,13 @@ COMMANDS = {  # name -> (module, attribute, one line of help)
     "banks": ("streamlearn.cli.banks", "banks", "Register labelled banks by digest: add, list, verify."),
     "connectors": ("streamlearn.cli.connectors", "connectors", "List, validate, plan, start, pause and delete sources."),
     "dataset": ("streamlearn.cli.dataset", "dataset", "Look at what was ingested, and change it: query, show, verify, takedown, compact …"),
+    "doctor": ("streamlearn.cli.doctor", "doctor", "Look for what is wrong, and say what to do about it."),
+    "trace": ("streamlearn.cli.trace", "trace", "What became of one image, from the log to the weights."),
+    "drain": ("streamlearn.cli.drain", "drain", "Stop intake, let everything be learnt, and end."),
+    "backup": ("streamlearn.cli.backup", "backup", "Copy a home while everything runs."),
+    "restore": ("streamlearn.cli.backup", "restore", "Bring a backup back."),
     "config": ("streamlearn.cli.config", "config", "Show, check and document the configuration."),
+    "health": ("streamlearn.cli.healthcheck", "health", "Whether the roles of a home are healthy: an exit code, for containers."),
     "role": ("streamlearn.cli.roles", "role", "Run one role in this process (what `up` starts)."),
 }
 

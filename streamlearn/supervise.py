@@ -27,6 +27,7 @@ from streamlearn.contract.errors import ConfigError, StreamlearnError
 
 PR_SET_PDEATHSIG = 1
 TAIL = 15  # lines of a dead role's log
+RESTORING = ".restoring"  # in a home: `streamlearn restore` is at work, or was killed (operate/restore.py)
 REFUSED = 2  # exit code of a role whose configuration is wrong
 logger = logging.getLogger(__name__)
 
@@ -166,8 +167,8 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def exclusive(home: Path) -> Iterator[IO[str]]:
-    """One supervisor a home.  Raises ConfigError naming the other's pid."""
+def exclusive(home: Path, *, restoring: bool = False) -> Iterator[IO[str]]:
+    """One supervisor a home.  Raises ConfigError naming the other's pid, and for a home that is half restored unless that is what goes on."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / ".lock").open("a+") as lock:
         try:
@@ -177,6 +178,8 @@ def exclusive(home: Path) -> Iterator[IO[str]]:
             raise ConfigError(
                 f"{home}: already in use by process {lock.read().strip() or 'unknown'}; stop it first, or use another --home"
             ) from None
+        if (home / RESTORING).exists() and not restoring:
+            raise ConfigError(f"{home}: half restored; give the same `streamlearn restore` again")
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))

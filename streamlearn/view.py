@@ -1,32 +1,31 @@
 """What a person sees: the live view, one line of a log, `streamlearn status`.  Made from heartbeats and histories alone."""
 
+import math
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.status import read_status
+from streamlearn.contract.status import age_s, elsewhere, judged, read_status
 
 BARS = "▁▂▃▄▅▆▇█"
-ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve")
-INGEST = (
-    *("stored", "images_per_s", "lag", "shards", "spool_bytes", "last_shard_at", "outcomes"),
-    *("waiting", "waiting_since", "waiting_s", "waiting_at"),
-)
+ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve", "refresh")
+WAITING = ("waiting", "waiting_on", "waiting_since", "waiting_s", "waiting_at")
+INGEST = ("stored", "images_per_s", "lag", "shards", "spool_bytes", "last_shard_at", "outcomes", *WAITING)
 TRAIN = (
     *("state", "step", "images", "fresh", "images_per_s", "loss", "lr", "halvings", "round", "cursor", "wait_share", "perplexity"),
     *("lr_held", "plateau_waits", "skipped_steps", "rollbacks", "collapse_signs"),
     *("code_entropy", "effective_rank", "bad_steps", "last_snapshot", "last_checkpoint", "checkpoint_failures", "stream"),
-    *("waiting", "waiting_since", "waiting_s", "waiting_at"),
+    *WAITING,
 )
-WAITERS = (("fetch", "ingest"), ("train", "train"))  # roles, and where the view has them
+WAITERS = (("connect", "connect"), ("fetch", "ingest"), ("train", "train"))  # roles, and where the view has them
 OLD_S = 30.0  # a heartbeat older than this is said to be old
 
 
@@ -40,15 +39,17 @@ def overview(home: Path, restarts: Mapping[str, int] | None = None) -> dict[str,
             roles[name] = {
                 "state": beat.get("state", "?"),
                 "pid": beat.get("pid"),
-                "alive": _alive(beat.get("pid"), name),
-                "age_s": _age(beat),
+                "alive": _alive(beat, name),
+                "age_s": age_s(beat),
+                "elsewhere": elsewhere(beat),
+                "metrics_port": beat.get("metrics_port"),
             }
-            roles[name]["metrics_port"] = beat.get("metrics_port")
     return {
         "home": str(home),
         "roles": roles,
         "restarts": dict(restarts or {}),
         "ingest": _pick(status.get("fetch", {}), *INGEST),
+        "connect": _pick(status.get("connect", {}), *WAITING),
         "candidates": status.get("connect", {}).get("candidates", 0),
         "sources": status.get("connect", {}).get("sources", {}),
         "connectors": status.get("connect", {}).get("connectors", {}),
@@ -112,17 +113,31 @@ def panel(view: Mapping[str, Any], seconds: float) -> RenderableType:
 
 
 def _roles(view: Mapping[str, Any]) -> RenderableType:
-    text = Text("roles   ", style="bold")
+    shown = []
     for name, role in view["roles"].items():
         finished = role["state"] == "finished"
         good = finished or (role["alive"] and role["age_s"] < OLD_S)
-        text.append("● " if good else "○ ", style="green" if good else "red")
-        text.append(f"{name} ")
-        text.append(str(role["state"])[:24] if role["alive"] or finished else "not running", style="dim")
+        text = Text("● " if good else "○ ", style="green" if good else "red", no_wrap=True)  # a role and its state stay on one line
+        text.append(f"{name} ", style="default")
+        text.append(_said(role) if role["alive"] or finished else _gone(role), style="dim default")
         if view["restarts"].get(name):
             text.append(f" ↻{view['restarts'][name]}", style="yellow")
-        text.append("   ")
-    return text
+        shown.append(text)
+    row = Table.grid(padding=(0, 2))
+    row.add_row(Text("roles ", style="bold"), Columns(shown, padding=(0, 2)))
+    return row
+
+
+def _said(role: Mapping[str, Any]) -> str:
+    at = f" on {role['elsewhere']}" if role["elsewhere"] else ""
+    return str(role["state"])[:24] + at
+
+
+def _gone(role: Mapping[str, Any]) -> str:
+    """Of another host or container nobody here knows that it is dead."""
+    if not role["elsewhere"] or role["state"] == "stopped" or not math.isfinite(role["age_s"]):
+        return "not running"
+    return f"seen {_duration(role['age_s'])} ago on {role['elsewhere']}"
 
 
 def _figures(view: Mapping[str, Any]) -> RenderableType:
@@ -210,16 +225,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _age(beat: Mapping[str, Any]) -> float:
-    try:
-        then = datetime.fromisoformat(str(beat.get("at")))
-    except ValueError:
-        return float("inf")
-    return round(max(0.0, (datetime.now(UTC) - then).total_seconds()), 1)
-
-
-def _alive(pid: Any, role: str) -> bool:
-    """Whether that process is there and is that role; pids are used again by others."""
+def _alive(beat: Mapping[str, Any], role: str) -> bool:
+    """Whether that process is there and is that role; pids are used again by others.  Of one that cannot be seen from here: whether it speaks."""
+    pid = beat.get("pid")
+    if elsewhere(beat):
+        return beat.get("state") not in ("stopped", "finished") and judged(beat, age_s(beat))[0]
     if not isinstance(pid, int):
         return False
     try:

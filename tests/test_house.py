@@ -25,6 +25,7 @@ MAY = {
     },
     "streamlearn.serve": {"streamlearn.contract", "streamlearn.snapshots", "streamlearn.report.plots"},
     "streamlearn.demo": {"streamlearn.contract"},
+    "streamlearn.operate": {"streamlearn.contract", "streamlearn.stream.rounds", "streamlearn.supervise", "ingest"},
     "ingest": {"streamlearn.contract"},
 }
 

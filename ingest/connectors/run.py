@@ -12,6 +12,9 @@ Killed after   what is left                                   who mends it
 
 So nothing of a source is missed and nothing is announced twice, on a log that appends all or none and on one that does not.  Dead letters of
 a batch that is discovered again may stand twice: they are reports.  A connector has one owner at a time.
+
+The role waits while the log can be neither read nor written (brokers, a full disk), says so as the others do, and goes on by itself.  What a
+connector waits for at its source is the connector's own (`retrying`), and no other's.
 """
 
 import contextlib
@@ -25,13 +28,14 @@ from typing import TYPE_CHECKING
 from ingest.connectors import book
 from ingest.connectors.base import Connector, Cursor, Found, dump, load
 from ingest.connectors.configure import build
-from ingest.connectors.worker import STATES, Workers
+from ingest.connectors.worker import Workers
 from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, Corrupt, Retryable
 from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SOURCE_STATE, EventLog, NewRecord
-from streamlearn.contract.metrics import ConnectMetrics
+from streamlearn.contract.metrics import CONNECTOR_STATES, ConnectMetrics, set_waiting
 from streamlearn.contract.status import Heartbeat, now
+from streamlearn.contract.waits import Waits
 
 if TYPE_CHECKING:
     from ingest.api import Server
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 Told = tuple[str, str, str | None]
 RENEW_S = 3600.0
 ROUND_S = 0.25  # between looks at the book
+BOOK, RECOVER, ANNOUNCE = "book", "recover", "announce"  # steps that may have to wait for the log
 END_S = 10.0  # for the threads to finish the batch at hand; one that is killed in it is mended at the next start
 
 
@@ -59,48 +64,68 @@ def run_connect(
         except BaseException:
             connector.close()
             raise
-        return Source(entry.config.name, connector, log, metrics, errors=entry.config)
+        return Source(entry.config.name, connector, log, metrics, errors=entry.config, waits=waits)
 
+    waits, wanted = Waits("connect"), dict[str, book.Entry]()
     workers = Workers(open_source, metrics.failures.inc)
-    api = _serve(config, log, workers, token)
+    api = _serve(config, log, workers, metrics, token)
     try:
         while not stop.is_set():
             metrics.heartbeat.set_to_current_time()
             try:
                 wanted = book.entries(config, log)
             except Retryable as e:  # they go on as they were told last
-                logger.error("the book of connectors cannot be read: %s", e)
-                stop.wait(e.after_s)
-                continue
-            workers.follow(wanted)
-            _tell_state(workers.states(wanted), metrics, heartbeat)
-            stop.wait(ROUND_S)
+                waits.out(BOOK, e)
+                pause_s = e.after_s
+            else:
+                waits.over(BOOK)
+                workers.follow(wanted)
+                pause_s = ROUND_S
+            _tell_state(workers.states(wanted), waits, metrics, heartbeat)
+            stop.wait(pause_s)
     finally:
         if api is not None:
             api.close()
         workers.end(END_S)
 
 
-def _serve(config: Config, log: EventLog, workers: Workers, token: str) -> "Server | None":
+def _serve(config: Config, log: EventLog, workers: Workers, metrics: ConnectMetrics, token: str) -> "Server | None":
     if not config.connect.rest_port:
         return None
     from ingest.api import Api, serve
 
-    return serve(Api(config, log, workers, token=token), config.connect)
+    return serve(Api(config, log, workers, token=token), config.connect, metrics)
 
 
-def _tell_state(states: dict[str, dict[str, object]], metrics: ConnectMetrics, heartbeat: Heartbeat) -> None:
-    for state in STATES:
+def _tell_state(states: dict[str, dict[str, object]], waits: Waits, metrics: ConnectMetrics, heartbeat: Heartbeat) -> None:
+    for name, status in states.items():
+        if status["state"] == book.PAUSED:
+            waits.gone(f"{RECOVER} {name}")  # it does not try
+            waits.gone(f"{ANNOUNCE} {name}")
+    told = waits.told()
+    set_waiting(metrics.waiting, told["waiting_on"], told["waiting_s"])
+    for state in CONNECTOR_STATES:
         metrics.connectors.labels(state).set(sum(status["state"] == state for status in states.values()))
     counts = {name: int(str(status["candidates"])) for name, status in states.items()}
-    heartbeat.beat(state="watching", sources=counts, connectors=states, candidates=sum(counts.values()))
+    state = "waiting" if told["waiting"] else "watching"
+    heartbeat.beat(state=state, sources=counts, connectors=states, candidates=sum(counts.values()), **told)
 
 
 class Source:
     """One connector and how far it has got."""
 
-    def __init__(self, name: str, connector: Connector, log: EventLog, metrics: ConnectMetrics, *, errors: ConnectorConfig | None = None):
+    def __init__(
+        self,
+        name: str,
+        connector: Connector,
+        log: EventLog,
+        metrics: ConnectMetrics,
+        *,
+        errors: ConnectorConfig | None = None,
+        waits: Waits | None = None,
+    ):
         self.name, self.connector, self.log, self.metrics = name, connector, log, metrics
+        self.waits = waits or Waits("connect")
         self.errors = errors or ConnectorConfig.of(name, "any")  # what becomes of refused entries
         self.appended = 0  # candidates
         self.cursor: Cursor | None = None
@@ -112,7 +137,8 @@ class Source:
     def poll(self, stop: threading.Event) -> int:
         """Append everything the connector has beyond its cursor; the number of candidates.  Raises Retryable."""
         if not self.known:
-            self._resume()
+            with self._on_log(RECOVER):
+                self._resume()
         self.known = False  # until the end: whatever goes wrong in between, the log is looked at again
         appended = 0
         for found in self.connector.discover(self.cursor):
@@ -120,13 +146,27 @@ class Source:
             if stop.is_set():
                 break
         if time.monotonic() - self.recorded > RENEW_S:  # the ends of a quiet connector fall behind, and with them the next start
-            self.ends = {p: self.log.bounds(CANDIDATES, p)[1] for p in range(self.log.partitions(CANDIDATES))}
-            self._record()
+            with self._on_log(ANNOUNCE):
+                self.ends = {p: self.log.bounds(CANDIDATES, p)[1] for p in range(self.log.partitions(CANDIDATES))}
+                self._record()
         self.known = True
         return appended
 
     def close(self) -> None:
+        self.waits.gone(f"{RECOVER} {self.name}")
+        self.waits.gone(f"{ANNOUNCE} {self.name}")
         self.connector.close()
+
+    @contextlib.contextmanager
+    def _on_log(self, step: str) -> Iterator[None]:
+        """What fails in here is the log, and the role says so; what fails elsewhere is the connector's source."""
+        what = f"{step} {self.name}"
+        try:
+            yield
+        except Retryable as e:
+            self.waits.out(what, e)
+            raise
+        self.waits.over(what)
 
     def _resume(self) -> None:
         state = load(self.name, self.log.latest(SOURCE_STATE, self.name.encode()))
@@ -158,11 +198,12 @@ class Source:
             letter = {"origin": f"{self.name}: {where[:1000]}", "url": what[:2000], "reason": "bad_url", "detail": why[:500], "at": now()}
             text = json.dumps(letter, ensure_ascii=False).encode("utf-8", "replace")  # a file's name, and so on, may be no text
             records.append(NewRecord(self.errors.dead_letter_topic, self.name.encode(), text))
-        places = self.log.append(records) if records else []
-        for (partition, offset), _ in zip(places, new, strict=False):  # the candidates come first
-            self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
-        self.cursor = found.cursor
-        self._record()
+        with self._on_log(ANNOUNCE):
+            places = self.log.append(records) if records else []
+            for (partition, offset), _ in zip(places, new, strict=False):  # the candidates come first
+                self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
+            self.cursor = found.cursor
+            self._record()
         self.appended += len(new)
         if found.settled is not None:
             found.settled()

@@ -22,7 +22,6 @@ from ingest.connectors.book import PAUSED, RUNNING, STOPPED, Entry
 from streamlearn.contract.errors import ConfigError, Retryable, Stuck
 
 UNASSIGNED, FAILED = "UNASSIGNED", "FAILED"
-STATES = (UNASSIGNED, RUNNING, PAUSED, STOPPED, FAILED)
 TRACE = 8000  # characters that are kept
 FIRST_S = 0.5  # before the second try; doubles up to errors_retry_delay_max_s
 logger = logging.getLogger(__name__)

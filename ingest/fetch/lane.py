@@ -21,6 +21,7 @@ from ingest.pack import Taken, Unit, origins
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.errors import Corrupt, Fenced, OffsetGap, Retryable, StoreFull
 from streamlearn.contract.event_log import CANDIDATES, Record
+from streamlearn.contract.shards import STORED
 
 if TYPE_CHECKING:
     from ingest.fetch.run import Fetcher
@@ -155,7 +156,9 @@ class Lane:
             self.fetcher.packer.add(self.unit, Taken(offset, None, None, absent=True))
         if isinstance(taken.result, Fetched):
             self.fetcher.check_room(len(taken.result.body) + MEMBER_BYTES)
-        self.fetcher.packer.add(self.unit, taken)
+        outcome = self.fetcher.packer.add(self.unit, taken)
+        if taken.candidate is not None and outcome.outcome == STORED:
+            self.unit.discovered.append(taken.candidate.discovered_at)
         if isinstance(taken.result, Fetched):
             self.held -= len(taken.result.body)
 
@@ -182,6 +185,8 @@ class Lane:
         self.waits.over(self.name, "seal")
         self.dropped = 0
         self.position, self.unit = unit.end, None
+        ids = {"topic": row.topic, "partition": row.partition, "first_offset": row.first_offset, "end_offset": row.end_offset}
+        logger.info("sealed %s: %d images", row.key, row.num_samples, extra={"ids": {"shard": row.key} | ids})
         self.fetcher.sealed(unit, row.num_samples)
 
     async def _restart(self) -> None:

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -257,8 +258,15 @@ class Fetcher:
         self.last_shard_at = now()
         self.recent.append((time.monotonic(), self.images))
         self.metrics.shards.inc()
+        self._tell_freshness(unit)
         self.metrics.sealed_at.set_to_current_time()
         self.heart.history(stored=self.images, shards=self.shards, outcomes=dict(self.outcomes))
+
+    def _tell_freshness(self, unit: Unit) -> None:
+        at = time.time()
+        for discovered in unit.discovered:
+            with contextlib.suppress(ValueError):  # another producer's candidate may say anything
+                self.metrics.fresh.observe(max(0.0, at - datetime.fromisoformat(discovered).timestamp()))
 
     def tell(self) -> None:
         self.metrics.heartbeat.set_to_current_time()
@@ -269,6 +277,8 @@ class Fetcher:
         self.metrics.lag.set(self.lag)
         self.metrics.oldest.set(oldest)
         self.metrics.spool.set(spooled)
+        self.metrics.in_flight.set(sum(len(lane.waiting) for lane in lanes))
+        self.metrics.partitions.set(len(lanes))
         self.heart.beat(
             state="waiting" if waits["waiting"] else "fetching",
             stored=images + self.images,

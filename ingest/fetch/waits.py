@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streamlearn.contract.errors import Retryable
-from streamlearn.contract.metrics import FetchMetrics
+from streamlearn.contract.metrics import FetchMetrics, set_waiting
 from streamlearn.contract.status import now
 
 LOG_S = 60.0  # between two lines about one wait: an outage of a day is not a line every few seconds
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Wait:
     why: str  # the error's words: what, where, what to do
+    on: str  # of metrics.WAITS_ON
     since: str  # RFC 3339
     began: float  # monotonic
     logged: float  # likewise, the last time
@@ -37,11 +38,11 @@ class Waits:
     async def out(self, who: str, step: str, e: Retryable, *, pause_s: float | None = None) -> None:
         """Say so, and wait as long as the error says, or `pause_s`."""
         at = time.monotonic()
-        known = self._open.get((who, step)) or Wait("", now(), at, at - LOG_S)
+        known = self._open.get((who, step)) or Wait("", "", now(), at, at - LOG_S)
         due = at - known.logged >= LOG_S
         if due:
             logger.error("%s waits (%s) since %s: %s", who, step, known.since, e)
-        self._open[who, step] = replace(known, why=str(e), logged=at if due else known.logged)
+        self._open[who, step] = replace(known, why=str(e), on=e.on, logged=at if due else known.logged)
         self.metrics.waits.labels(step).inc()
         await asyncio.sleep(e.after_s if pause_s is None else pause_s)
 
@@ -60,9 +61,10 @@ class Waits:
         """For the heartbeat: the longest wait in words, and who all wait.  Sets the gauge, too."""
         longest = next(iter(self._open.values()), None)
         seconds = time.monotonic() - longest.began if longest else 0.0
-        self.metrics.waiting.set(seconds)
+        set_waiting(self.metrics.waiting, longest.on if longest else "", seconds)
         return {
             "waiting": longest.why if longest else "",
+            "waiting_on": longest.on if longest else "",
             "waiting_since": longest.since if longest else "",
             "waiting_s": round(seconds, 1),
             "waiting_at": sorted(f"{who} ({step})" for who, step in self._open),

@@ -11,7 +11,7 @@ from typing import Any
 from kafka import errors as kafka_errors
 
 from streamlearn.contract.config import KafkaConfig
-from streamlearn.contract.errors import ConfigError, Retryable, Stuck
+from streamlearn.contract.errors import ConfigError, Retryable, Stuck, Unreachable
 
 
 def connection_settings(config: KafkaConfig) -> dict[str, Any]:
@@ -84,12 +84,12 @@ def translated(config: KafkaConfig, doing: str, *, starting: bool = False) -> It
         kafka_errors.UnrecognizedBrokerVersion,
     ) as e:
         raise ConfigError(f"Kafka ({where}): {doing}: {e}; look at log.kafka.security, the sasl_ keys and the brokers' ACLs") from e
-    except (kafka_errors.RetriableError, OSError) as e:
+    except (kafka_errors.RetriableError, kafka_errors.UnknownBrokerIdError, OSError) as e:  # a broker that has just gone is unknown
         if starting:
-            raise ConfigError(
+            raise Unreachable(
                 f"Kafka ({where}): no broker answers within log.kafka.start_timeout_s = {config.start_timeout_s:g} s: {e}; "
                 "look at log.kafka.servers and log.kafka.security"
             ) from e
-        raise Retryable(f"Kafka ({where}): {doing}: {e}", after_s=2.0) from e
+        raise Retryable(f"Kafka ({where}): {doing}: {e}", after_s=2.0, on="broker") from e
     except kafka_errors.KafkaError as e:
         raise Stuck(f"Kafka ({where}): {doing}: {type(e).__name__}: {e}; the process starts anew") from e

@@ -128,7 +128,7 @@ class KafkaLog:
         deadline = time.monotonic() + self.config.request_timeout_s
         while not (found := self._partitions(name)):
             if time.monotonic() > deadline:
-                raise Retryable(f"Kafka ({self._where}): topic {name} was made, but no broker tells of it", after_s=2.0)
+                raise Retryable(f"Kafka ({self._where}): topic {name} was made, but no broker tells of it", after_s=2.0, on="broker")
             time.sleep(0.1)
         return found
 
@@ -201,7 +201,8 @@ class KafkaLog:
                 if self._consumer.position(place) >= self._end(place, exact=True):
                     break  # nothing but records of transactions, or compacted away
                 if time.monotonic() > deadline:
-                    raise Retryable(f"Kafka ({self._where}): {place.topic}/{place.partition} does not deliver offset {offset}", after_s=2.0)
+                    what = f"Kafka ({self._where}): {place.topic}/{place.partition} does not deliver offset {offset}"
+                    raise Retryable(what, after_s=2.0, on="broker")
         except kafka_errors.OffsetOutOfRangeError:
             self._gap(place, offset)
         finally:
@@ -251,7 +252,7 @@ class KafkaLog:
             except kafka_errors.KafkaTimeoutError:  # and asks a broker that leads no more over and over, but never who leads now
                 logger.info("the offsets of %s were not told in time; asking who leads", sorted(places))
                 self._consumer.topics()
-        raise Retryable(f"Kafka ({self._where}): no broker tells the offsets of {sorted(places)}", after_s=1.0)
+        raise Retryable(f"Kafka ({self._where}): no broker tells the offsets of {sorted(places)}", after_s=1.0, on="broker")
 
     def latest(self, topic: str, key: bytes) -> bytes | None:
         with self._reading:

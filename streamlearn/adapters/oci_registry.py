@@ -24,6 +24,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin
@@ -104,6 +105,12 @@ class OciRegistry:
 
     def copy_blob(self, digest: str, path: Path) -> None:
         self._download(digest).to_file(path, self.spool)
+
+    def may_push(self) -> None:
+        """Begins an upload and cancels it; nothing stays.  Raises ConfigError where it is not allowed."""
+        begun = self.wire.ask("POST", f"{self.api}/blobs/uploads/", self._push, body=b"", good=(202,))
+        with suppress(NotFound, ConfigError):  # a registry that cannot cancel forgets it after a while
+            self.wire.ask("DELETE", begun.location(), self._push, good=(200, 202, 204))
 
     # --- manifests and tags ---
 

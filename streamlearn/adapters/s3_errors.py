@@ -87,7 +87,7 @@ def translated(place: Place, operation: str, key: str) -> Iterator[None]:
 
 
 def unreachable(place: Place, operation: str, key: str, why: object) -> Retryable:
-    return Retryable(f"{place}: {operation} of {key} at {place.endpoint} failed: {why}", after_s=BACK_OFF_S)
+    return Retryable(f"{place}: {operation} of {key} at {place.endpoint} failed: {why}", after_s=BACK_OFF_S, on="store")
 
 
 def status_of(e: ClientError) -> int:
@@ -98,11 +98,11 @@ def _of_answer(e: ClientError, place: Place, operation: str, key: str) -> Stream
     code, status = str(e.response.get("Error", {}).get("Code", "")), status_of(e)
     what = f"{place}: {operation} of {key} at {place.endpoint}: {code} ({status})"
     if code in _FULL or status == 507:
-        return StoreFull(f"{what}; free some space or raise the quota, the work goes on by itself", after_s=BACK_OFF_S)
+        return StoreFull(f"{what}; free some space or raise the quota, the work goes on by itself", after_s=BACK_OFF_S, on="store")
     if code == "NoSuchBucket":
         return place.no_bucket()
     if code in _PASSING or (status >= 500 and status != 501) or status in (409, 412, 429):
-        return Retryable(what, after_s=_retry_after_s(e))
+        return Retryable(what, after_s=_retry_after_s(e), on="store")
     if status == 404:
         return NotFound(f"{place}: no object {key}")
     if code in _CREDENTIALS or status == 401:

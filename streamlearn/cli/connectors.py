@@ -221,7 +221,7 @@ def _status(home: Path, entry: book.Entry) -> dict[str, Any]:
     """As the role said last, if it runs; else nobody has taken it."""
     seen = overview(home.resolve())
     role = seen["roles"].get("connect", {})
-    running = role.get("alive") and role["state"] == "watching"
+    running = role.get("alive") and role["state"] in ("watching", "waiting")
     said = seen["connectors"].get(entry.config.name, {}) if running else {}
     found = {
         "name": entry.config.name,
@@ -272,12 +272,17 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         click.echo(line)
 
 
+def _cell(row: dict[str, Any], key: str) -> str:
+    unknown = key == "candidates" and row.get("state") == "UNASSIGNED"  # its role tells how many, since it began
+    return "–" if unknown else str(row.get(key, ""))
+
+
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if not rows:
         yield "none"
         return
     keys = [key for key in dict.fromkeys(itertools.chain(*rows)) if key not in ("trace", "retrying")]
-    cells = [keys, *([str(row.get(key, "")) for key in keys] for row in rows)]
+    cells = [keys, *([_cell(row, key) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     for line, row in zip(cells, [{}, *rows], strict=True):
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -175,7 +175,7 @@ def _outcomes(adapters: Home, row: ShardRow) -> dict[str, int]:
         return {str(outcome): int(count) for outcome, count in answer}
 
 
-def _text(value: object) -> str:
+def printable(value: object) -> str:
     """For a terminal.  URLs and headers are a stranger's: no control sequence of theirs may reach it."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
@@ -187,14 +187,14 @@ def _print_fields(fields: Mapping[str, Any], as_json: bool) -> None:
     for name, value in fields.items():
         if value not in ("", {}):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
-            click.echo(f"{name:>17}  {_text(text)}")
+            click.echo(f"{name:>17}  {printable(text)}")
     click.echo()
 
 
 def _print_table(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
-    table = Table(*(escape(_text(column)) for column in columns))
+    table = Table(*(escape(printable(column)) for column in columns))
     for row in islice(rows, SHOWN):
-        table.add_row(*(Text("–" if value is None else _text(value)) for value in row))  # a str would be read as markup
+        table.add_row(*(Text("–" if value is None else printable(value)) for value in row))  # a str would be read as markup
     Console().print(table)
     if next(rows, None) is not None:
         click.echo(f"the first {SHOWN} rows; --csv and --json give all", err=True)
@@ -232,7 +232,7 @@ def _print_status(found: Mapping[str, Any]) -> None:
 
 def _print_report(report: audit.Report) -> None:
     for finding in report.findings:
-        click.echo(_text(f"WRONG {finding.kind} {finding.where}: {finding.what}; {finding.remedy}"))
+        click.echo(printable(f"WRONG {finding.kind} {finding.where}: {finding.what}; {finding.remedy}"))
     for partition in report.partitions:
         for what, amount in (("records wait to be fetched", partition.lag), ("offsets may owe retries", partition.owed)):
             if amount:

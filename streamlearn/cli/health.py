@@ -5,6 +5,7 @@ threads still answer.  A role that waits for a full disk, a store or a broker
 is healthy (nothing is lost, and a restart would not help) but not ready, and says what it waits for and since when.
 """
 
+import errno
 import json
 import socket
 import threading
@@ -16,10 +17,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from streamlearn.contract.errors import ConfigError
-from streamlearn.contract.status import Heartbeat
-
-SILENT_S = 120.0  # without a heartbeat; the longest step of any role is well under it
-NOT_READY = {"starting", "waiting", "failed", "stopped"}
+from streamlearn.contract.status import Heartbeat, judged
 
 
 class _Quiet(WSGIRequestHandler):
@@ -30,8 +28,7 @@ class _Quiet(WSGIRequestHandler):
 def answer(heartbeat: Heartbeat, path: str) -> tuple[int, dict[str, Any]]:
     """(HTTP status, body) of /healthz or /readyz."""
     values, silent_s = heartbeat.said()
-    alive = silent_s < SILENT_S
-    ready = alive and values.get("state") not in NOT_READY and not values.get("unwritten")
+    alive, ready = judged(values, silent_s)
     body = {"role": heartbeat.role, "healthy": alive, "ready": ready, "silent_s": round(silent_s, 1)} | values
     return (200 if (alive if path == "/healthz" else ready) else 503), body
 
@@ -51,6 +48,8 @@ def serve(port: int, registry: CollectorRegistry, heartbeat: Heartbeat, *, host:
     try:
         server = make_server(host, port, app, ThreadingWSGIServer, handler_class=_Quiet)
     except OSError as e:
+        if e.errno != errno.EADDRINUSE:
+            raise ConfigError(f"metrics_host = {host!r}: no IPv4 address of this machine ({e}); set 127.0.0.1, or 0.0.0.0 for all") from e
         raise ConfigError(f"metrics_port: port {port} for {heartbeat.role} is taken ({e}); choose another, or 0 for any") from e
     assert server.socket.family == socket.AF_INET
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from streamlearn.contract import durable
 from streamlearn.contract.config import Config
 from streamlearn.contract.errors import Corrupt
+from streamlearn.contract.event_log import EventLog
 from streamlearn.contract.export import Export
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import FolderStore
@@ -39,10 +40,10 @@ logger = logging.getLogger(__name__)
 TOP = Path(__file__).parents[2]  # the repository, where it runs from one
 
 
-def train_role(config: Config, home: "Home", metrics: LearnerMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
+def train_role(config: Config, home: "Home", log: EventLog, metrics: LearnerMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
     """Learn until `stop`, as one of the processes that torchrun has started, or alone."""
     store, registry = home.store(), home.registry()
-    catalog = home.catalog(home.log().log_id)
+    catalog = home.catalog(log.log_id)
 
     def open_stream(state: dict[str, Any] | None) -> Stream:
         train = config.train

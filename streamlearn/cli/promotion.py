@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from streamlearn.cli.snapshots import ADDRESS, HOME, JSON, config_of, open_registry, snapshots
 from streamlearn.contract.errors import ConfigError
@@ -126,11 +124,8 @@ def history(channel: str | None, unfinished: bool, home: Path, address: str, as_
     if as_json:
         click.echo(json.dumps([_whole(registry, move) for move in moves], indent=2))
         return
-    table = Table("when", "channel", "what", "to", "from", "by", "why")
     for m in moves:
-        what = m.kind + (" (forced)" if m.forced else "")
-        table.add_row(m.at or "–", m.channel, what, _name(m.step, m.after), m.before[7:19] or "–", m.by or "–", m.why or "–")
-    Console().print(table)
+        click.echo(f"{m.at or '–'}  {_said(m)}{', forced' if m.forced else ''}, by {m.by or '–'}\n    {m.why or '–'}")
 
 
 @snapshots.command()

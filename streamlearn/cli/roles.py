@@ -1,29 +1,35 @@
 """`streamlearn role NAME`: the composition root.  The only place that chooses adapters and wires seams to roles."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import click
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics
 
 from streamlearn.cli.health import serve
-from streamlearn.contract import config_file, metrics
+from streamlearn.cli.logs import JsonLines
+from streamlearn.contract import config_file, durable, metrics
 from streamlearn.contract.catalog import DeltaCatalog
 from streamlearn.contract.config import Config
-from streamlearn.contract.errors import ConfigError, StreamlearnError
+from streamlearn.contract.errors import ConfigError, NotFound, Retryable, StreamlearnError, Unreachable
 from streamlearn.contract.event_log import EventLog, SqliteLog
-from streamlearn.contract.object_store import FolderStore, ObjectStore
+from streamlearn.contract.object_store import POINTER, FolderStore, ObjectStore
 from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.status import Heartbeat
 
-ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve")
+ROLES = ("demo", "connect", "fetch", "train", "evaluate", "serve", "refresh")  # the order is that of their ports: add at the end
 CATALOG = "catalog/shards"
+AGAIN_S = 1.0  # before what is out is asked again; of brokers each try takes log.kafka.start_timeout_s
+T = TypeVar("T")
 logger = logging.getLogger("streamlearn")
 
 
@@ -83,7 +89,7 @@ def in_this_process(name: str, folder: Path, config: Callable[[], Config]) -> No
         signal.signal(number, lambda *_: stop.set())
     code = 0
     try:
-        _run(name, folder, config(), stop)
+        _run(name, folder, _logged(name, config()), stop)
     except ConfigError as e:
         click.echo(f"error: {e}", err=True)
         code = 2
@@ -97,22 +103,73 @@ def in_this_process(name: str, folder: Path, config: Callable[[], Config]) -> No
     os._exit(code)
 
 
+def _logged(name: str, config: Config) -> Config:
+    if config.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines(name))
+    return config
+
+
 def _run(name: str, folder: Path, config: Config, stop: threading.Event) -> None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, which no query asks for
     registry = CollectorRegistry()
     first = name != "train" or int(os.environ.get("RANK", "0")) == 0  # torchrun's: the first of the learner's processes speaks for all
+    metrics.role_metrics(registry, name, folder)
     heartbeat = Heartbeat(folder, name, mute=not first)
-    port = config.metrics_port + ROLES.index(name) if config.metrics_port and first else 0
-    heartbeat.beat(metrics_port=serve(port, registry, heartbeat), state="starting", force=True)
-    roles = {"demo": _demo, "connect": _connect, "fetch": _fetch, "train": _train, "evaluate": _evaluate, "serve": _serve}
+    if first:  # one exporting process a role
+        port = config.metrics_port + ROLES.index(name) if config.metrics_port else 0
+        heartbeat.beat(metrics_port=serve(port, registry, heartbeat, host=config.metrics_host), metrics_host=config.metrics_host)
+    heartbeat.beat(state="starting", force=True)
+    roles = {
+        "demo": _demo,
+        "connect": _connect,
+        "fetch": _fetch,
+        "train": _train,
+        "evaluate": _evaluate,
+        "serve": _serve,
+        "refresh": _refresh,
+    }
     roles[name](config, Home(folder, config), registry, heartbeat, stop)
     heartbeat.beat(state="stopped" if stop.is_set() else "finished", force=True)
+
+
+def reached(look: Callable[[], T], heartbeat: Heartbeat, beating: Gauge, stop: threading.Event, waiting: Gauge | None = None) -> T | None:
+    """What `look` finds, once it answers; None: told to stop.  A role that is started while brokers or the store are out waits as one that runs does."""
+    began = time.monotonic()
+    while not stop.is_set():
+        try:
+            found = look()
+        except (Unreachable, Retryable) as e:
+            waited, on = time.monotonic() - began, e.on if isinstance(e, Retryable) else "broker"
+            logger.warning("%s", e)
+            beating.set_to_current_time()
+            heartbeat.beat(state="waiting", waiting=str(e), waiting_on=on, waiting_s=round(waited, 1), waiting_at="start", force=True)
+            if waiting is not None:
+                metrics.set_waiting(waiting, on, waited)
+            stop.wait(AGAIN_S)
+            continue
+        heartbeat.beat(state="starting", waiting="", waiting_on="", waiting_s=0.0, waiting_at="", force=True)
+        if waiting is not None:
+            metrics.set_waiting(waiting, "", 0.0)
+        return found
+    return None
+
+
+def answers(store: ObjectStore) -> ObjectStore:
+    """`store`, which is asked for what the learner begins with.  Raises Retryable."""
+    with contextlib.suppress(NotFound):
+        store.get(POINTER)
+    return store
 
 
 def _config(folder: Path, file: Path | None) -> Config:
     if file is not None:
         config = config_file.load(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        return config.model_copy(update={"home": str(folder), "serve": config.serve.beside(file.parent)})
+        config = config.model_copy(update={"home": str(folder), "serve": config.serve.beside(file.parent)})
+        durable.write(
+            folder / "config.json", config.model_dump_json(indent=1).encode()
+        )  # for `status`, `dataset` and the others with --home
+        return config
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; `streamlearn up --home {folder}` writes it, or name a TOML file with --config")
@@ -128,21 +185,26 @@ def _demo(config: Config, home: Home, registry: CollectorRegistry, heartbeat: He
 def _connect(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from ingest.connectors.run import run_connect
 
-    token = os.environ.get("STREAMLEARN_REST_TOKEN", "")
-    run_connect(config, home.log(), metrics.ConnectMetrics(registry), heartbeat, stop, token=token)
+    token, m = os.environ.get("STREAMLEARN_REST_TOKEN", ""), metrics.ConnectMetrics(registry)
+    if (log := reached(home.log, heartbeat, m.heartbeat, stop, m.waiting)) is not None:
+        run_connect(config, log, m, heartbeat, stop, token=token)
 
 
 def _fetch(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from ingest.fetch.run import run_fetch
 
-    log = home.log()
-    run_fetch(config, log, home.store(), home.catalog(log.log_id), metrics.FetchMetrics(registry), heartbeat, stop=stop, home=home.path)
+    m = metrics.FetchMetrics(registry)
+    if (log := reached(home.log, heartbeat, m.heartbeat, stop, m.waiting)) is not None:
+        run_fetch(config, log, home.store(), home.catalog(log.log_id), m, heartbeat, stop=stop, home=home.path)
 
 
 def _train(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from streamlearn.cli.learner import train_role
 
-    train_role(config, home, metrics.LearnerMetrics(registry), heartbeat, stop)
+    m = metrics.LearnerMetrics(registry)
+    log = reached(home.log, heartbeat, m.heartbeat, stop, m.waiting)
+    if log is not None and reached(lambda: answers(home.store()), heartbeat, m.heartbeat, stop, m.waiting) is not None:
+        train_role(config, home, log, m, heartbeat, stop)
 
 
 def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
@@ -156,4 +218,13 @@ def _evaluate(config: Config, home: Home, registry: CollectorRegistry, heartbeat
 def _serve(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
     from streamlearn.serve.run import run_serve
 
-    run_serve(config, OciLayout(home.path / "registry"), metrics.ServeMetrics(registry), heartbeat, stop)
+    source = home.registry() if config.snapshots.registry else None
+    run_serve(config, OciLayout(home.path / "registry"), metrics.ServeMetrics(registry), heartbeat, stop, source=source)
+
+
+def _refresh(config: Config, home: Home, registry: CollectorRegistry, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    from ingest.keeper import run_refresh
+
+    m = metrics.RefreshMetrics(registry)
+    if (log := reached(home.log, heartbeat, m.heartbeat, stop)) is not None:
+        run_refresh(config, log, home.store(), home.catalog(log.log_id), m, heartbeat, stop=stop, home=home.path)

@@ -1,11 +1,13 @@
 """`streamlearn snapshots`: list, show, tags, verify, pull, copy, export, gc.  Those that move channels: cli/promotion.py."""
 
 import json
+import logging
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
@@ -54,9 +56,10 @@ def list_(home: Path, address: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([row.__dict__ for row in rows], indent=2))
         return
-    table = Table("step", "tags", "digest", "MB", "bank", "k-NN", "random", "raw pixels", "ridge")
+    whole = (Column("tags", no_wrap=True), Column("digest", no_wrap=True))  # they are typed again: never cut
+    table = Table("step", *whole, "MB", "bank", "k-NN", "random", "raw pixels", "ridge", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
-        head = [str(row.step), " ".join(row.tags), row.digest[7:19], f"{row.bytes / 1e6:.1f}"]
+        head = [str(row.step), "\n".join(row.tags), row.digest[7:19], f"{row.bytes / 1e6:.1f}"]
         for result in row.results or ({},):
             cells = [f"{result[k]:.3f}" if k in result else "–" for k in ("knn", "random_knn", "raw_knn", "ridge")]
             table.add_row(*head, str(result.get("bank", "–")), *cells)
@@ -127,6 +130,7 @@ def export(reference: str, folder: Path | None, *, to: str, force: bool, classes
     """Write a snapshot for another framework to a new FOLDER.  [default: NAME-VERSION-TO, here]"""
     from streamlearn.snapshots.export import export as write
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators of torchvision, which no trunk has
     folder, loading = write(open_registry(home, address), reference, folder, to, force=force, classes=classes)
     for path in sorted(folder.iterdir()):
         click.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")

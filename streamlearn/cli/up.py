@@ -55,14 +55,14 @@ def up(
 ) -> None:
     """Run the whole loop on this machine until Ctrl-C.  The same command goes on from where it was."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s", stream=sys.stderr)
-    overrides = _overrides(settings)
+    overrides = overrides_of(settings)
     config, folder = _resolve(file, home, overrides, demo=demo, images=images, urls=urls, probe=probe)
     with exclusive(folder):
         _prepare(config, folder)
         _run(config, folder, seconds)
 
 
-def _overrides(settings: tuple[str, ...]) -> dict[str, str]:
+def overrides_of(settings: tuple[str, ...]) -> dict[str, str]:
     for setting in settings:
         if "=" not in setting:
             raise ConfigError(f"--set {setting}: write KEY=VALUE, e.g. --set train.batch=64")

@@ -38,7 +38,8 @@ class Candidate:
 
     def to_json(self, limit: int = MAX_BYTES) -> bytes:
         """Raises ValueError when the record would exceed its limit, or holds what is no text."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+        told = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        fields = {field.name: value for field, value in told if value not in (None, "") or value != field.default}
         data = json.dumps({"schema": SCHEMA} | fields, separators=(",", ":"), ensure_ascii=False).encode()
         if len(data) > limit:
             raise ValueError(f"candidate {self.url[:100]!r}: {len(data)} bytes, over the cap of {limit}")

@@ -57,6 +57,7 @@ from streamlearn.contract.shard_rows import (
     TAKEN_DOWN,
     Advance,
     Changes,
+    Listing,
     ShardRow,
     checked_key,
     columns,
@@ -66,7 +67,7 @@ from streamlearn.contract.shard_rows import (
 )
 from streamlearn.contract.status import now
 
-__all__ = ["EXPIRED", "LIVE", "REPLACED", "TAKEN_DOWN", "Advance", "Catalog", "Changes", "DeltaCatalog", "ShardRow"]
+__all__ = ["EXPIRED", "LIVE", "REPLACED", "TAKEN_DOWN", "Advance", "Catalog", "Changes", "DeltaCatalog", "Listing", "ShardRow"]
 
 # how delta-rs words what the store answered or the network did
 _OUT_OF_REACH = ("Generic S3 error", "lacked the necessary privileges", "valid authentication credentials")
@@ -163,6 +164,18 @@ class DeltaCatalog:
     def history(self) -> list[ShardRow]:
         return self._newer(-1, "true")[1]
 
+    def column_names(self) -> set[str]:
+        """Of the table as it is stored."""
+        table = self._open()
+        return set() if table is None else {f.name for f in table.schema().fields}
+
+    def listing(self) -> Listing:
+        """All rows and data files of one version: what a copy of the table needs."""
+        table = self._open()
+        if table is None:
+            return Listing(-1, [], [])
+        return Listing(table.version(), self._select(table, "true"), [uri.rpartition("/")[2] for uri in table.file_uris()])
+
     def _newer(self, after: int, where: str) -> tuple[int, list[ShardRow]]:
         """(newest version, rows that changed in versions above `after`)."""
         table = self._open()
@@ -250,13 +263,14 @@ class DeltaCatalog:
                 lost = True
                 time.sleep(0.05 * (attempt + 1))
                 if attempt == self.attempts - 1:
-                    raise Retryable(f"{self.uri}: the commit failed {self.attempts} times, last with: {e}", after_s=5.0) from e
+                    what = f"{self.uri}: the commit failed {self.attempts} times, last with: {e}"
+                    raise Retryable(what, after_s=5.0, on="store" if self._out_of_reach(e) else "catalog") from e
             else:
                 version = table.version()
                 upkeep.secure(self.uri, since + 1, version)
                 upkeep.tidy(table, since)
                 return version
-        raise Retryable(f"{self.uri}: {self.attempts} attempts lost to other writers", after_s=1.0)
+        raise Retryable(f"{self.uri}: {self.attempts} attempts lost to other writers", after_s=1.0, on="catalog")
 
     def _settled(self, table: DeltaTable, rows: Sequence[ShardRow], advances: Sequence[Advance], lost: bool) -> bool:
         """True if our commit is already in; raises Fenced if another's is."""
@@ -340,7 +354,7 @@ class DeltaCatalog:
         text = " ".join(_DECORATION.sub("", str(e)).split())
         if "://" not in self.uri or not any(sign in text for sign in _OUT_OF_REACH):
             return None
-        return Retryable(f"{self.uri}: the catalog cannot be reached: {text[:500]}", after_s=5.0)
+        return Retryable(f"{self.uri}: the catalog cannot be reached: {text[:500]}", after_s=5.0, on="store")
 
 
 def _first_line(e: Exception) -> str:

@@ -204,6 +204,7 @@ class DatasetConfig(Section):
 
     window_days: float = Field(default=90.0, gt=0)  # since a shard's last image was fetched; then `expire` ends it
     grace_days: float = Field(default=7.0, ge=0)  # from a shard's end to the deletion of its objects: learners may be reading them
+    upkeep_s: float = Field(default=3600.0, gt=0)  # between rounds of the role `refresh`: takedowns, expiry, a quarter's end
     refresh_rate: float = Field(default=20.0, ge=0)  # candidates a second that `refresh` re-queues; 0: no limit
 
 
@@ -217,6 +218,8 @@ class DemoConfig(Section):
     quarter_images: int = Field(default=6000, ge=1)  # images in a "quarter": then new concepts appear and styles shift
     max_images: int = Field(default=200_000, ge=1)  # then the world stands still
     port: int = Field(default=0, ge=0, le=65535)  # 0: any free one, kept over restarts
+    address: str = "127.0.0.1"  # to listen on
+    url: str = Field(default="", pattern=r"^(http://[^/\s]+)?$")  # as fetchers elsewhere reach it; empty: by its address and port
 
 
 class SuperviseConfig(Section):
@@ -237,6 +240,8 @@ class Config(Section):
     preset: str = ""  # whose values stand in for the defaults; `streamlearn config presets` names them.  Applied when the file is read
     home: str = ".streamlearn"  # the folder of all state; `--home` wins
     metrics_port: int = Field(default=0, ge=0, le=65000)  # first port of /metrics, one a role; 0: any free port
+    metrics_host: str = "127.0.0.1"  # to answer on; "0.0.0.0" in a container, whose network is who may ask
+    log_format: Literal["text", "json"] = "text"  # of what roles say in their logs; json: an object a line
     connectors: tuple[ConnectorConfig, ...] = ()
     connect: ConnectConfig = ConnectConfig()
     log: LogConfig = LogConfig()

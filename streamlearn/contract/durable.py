@@ -39,6 +39,14 @@ def publish(staged: Path, path: Path) -> None:
         raise translate(e, path) from e
 
 
+def move(source: Path, target: Path) -> None:
+    """A file or a folder, whatever is in it, to a place that is free, on the same file system.  What is inside must be synced already."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)  # noqa: PTH105  as above
+    _sync_folder(target.parent)
+    _sync_folder(source.parent)
+
+
 def publish_folder(staged: Path, folder: Path, *, replace: bool = False) -> None:
     """Move a finished, flat folder into its place: files synced, then renamed.  Same file system.  Raises FileExistsError unless `replace`.
 

@@ -3,6 +3,7 @@
 * A refusal is a value, not an exception (ingest.fetch.Refused): counted, dead-lettered, the offset moves on.
 * StreamlearnError
   - ConfigError     the user's: printed without a traceback, exit code 2, nothing on disk has changed
+    - Unreachable   or the network's: no server answers at the start.  A command ends; a role waits
   - Retryable       may pass: back off `after_s` and try again; nothing is given up
     - StoreFull     no space left: back-pressure until there is
   - NotFound        no object, record or tag of this name
@@ -22,15 +23,22 @@ class StreamlearnError(Exception):
 class ConfigError(StreamlearnError): ...
 
 
-class Retryable(StreamlearnError):
-    """A fault that may pass."""
+class Unreachable(ConfigError): ...
 
-    def __init__(self, message: str, *, after_s: float = 1.0):
+
+class Retryable(StreamlearnError):
+    """A fault that may pass.  `on`: what is out, one of metrics.WAITS_ON."""
+
+    on = "other"
+
+    def __init__(self, message: str, *, after_s: float = 1.0, on: str = ""):
         super().__init__(message)
         self.after_s = after_s
+        self.on = on or self.on
 
 
-class StoreFull(Retryable): ...
+class StoreFull(Retryable):
+    on = "disk"  # unless its raiser knows better
 
 
 class NotFound(StreamlearnError): ...

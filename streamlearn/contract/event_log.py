@@ -4,6 +4,7 @@ Partitions, offsets, keys and consumer-group offsets mean what they mean in Kafk
 an offset the log no longer holds is an incident (OffsetGap), never a silent jump.
 """
 
+import contextlib
 import sqlite3
 import threading
 import time
@@ -203,6 +204,14 @@ class SqliteLog:
 
     def close(self) -> None:
         self._db.close()
+
+    def copy_to(self, path: Path) -> None:
+        """The log as it is at one moment, into a new file, while others append.  Raises StoreFull."""
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as target:
+                self._db.backup(target)
+        except sqlite3.DatabaseError as e:
+            raise self._translate(e) from e
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
         with self._lock, self._transaction():

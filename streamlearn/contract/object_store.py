@@ -8,6 +8,8 @@ from typing import Protocol
 from streamlearn.contract import durable
 from streamlearn.contract.errors import NotFound
 
+POINTER = "checkpoints/latest.json"  # the learner's (learn/checkpoint.py), for those too who look without torch
+
 
 class ObjectStore(Protocol):
     def put(self, key: str, data: bytes) -> None:

@@ -59,6 +59,23 @@ class Changes:
     ended: list[ShardRow]  # that ceased to be live since, in the order of learning
 
 
+@dataclass(frozen=True)
+class Listing:
+    """A whole version of the table."""
+
+    version: int  # -1: there is no table
+    rows: list[ShardRow]  # live or not, in commit order
+    files: list[str]  # names of the data files
+
+    @property
+    def positions(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) -> the next offset to be fetched: rows cover all below it."""
+        found: dict[tuple[str, int], int] = {}
+        for row in self.rows:
+            found[row.topic, row.partition] = max(row.end_offset, found.get((row.topic, row.partition), 0))
+        return found
+
+
 _TYPES = {int: pa.int64(), str: pa.string()}
 FIELDS = [(f.name, _TYPES[int if f.type in (int, "int") else str]) for f in dataclasses.fields(ShardRow)]
 SCHEMA = pa.schema([*FIELDS, ("changed", pa.int64())])

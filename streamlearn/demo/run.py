@@ -78,7 +78,7 @@ async def _serve(config: Config, home: Path, metrics: DemoMetrics, heartbeat: He
     runner = web.AppRunner(application(world, metrics), access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+        await web.TCPSite(runner, config.demo.address, port, reuse_address=True).start()
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
             raise ConfigError(
@@ -88,7 +88,9 @@ async def _serve(config: Config, home: Path, metrics: DemoMetrics, heartbeat: He
     port = int(runner.addresses[0][1])
     durable.write(kept, str(port).encode())
     try:
-        await _announce(config, world, home, f"http://127.0.0.1:{port}", metrics=metrics, heartbeat=heartbeat, stop=stop)
+        await _announce(
+            config, world, home, config.demo.url or f"http://{config.demo.address}:{port}", metrics=metrics, heartbeat=heartbeat, stop=stop
+        )
     finally:
         await runner.cleanup()
 

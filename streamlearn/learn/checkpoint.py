@@ -34,11 +34,10 @@ import torch
 import torch.distributed as dist
 
 from streamlearn.contract.errors import Corrupt, NotFound, StoreFull
-from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.object_store import POINTER, ObjectStore
 from streamlearn.learn import sharded
 from streamlearn.learn.ranks import TIMEOUT_S, Ranks
 
-POINTER = "checkpoints/latest.json"
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 

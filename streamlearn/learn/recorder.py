@@ -3,12 +3,14 @@
 import logging
 import math
 import time
+from datetime import datetime
 from typing import Any
 
 from streamlearn.contract.config import Config
-from streamlearn.contract.metrics import SIGNS, WAITS, LearnerMetrics
+from streamlearn.contract.metrics import SIGNS, WAITS, LearnerMetrics, set_waiting
 from streamlearn.contract.status import Heartbeat, now
 from streamlearn.learn.checkpoint import Checkpoints
+from streamlearn.learn.device import Device
 from streamlearn.learn.losses import effective_rank
 from streamlearn.learn.seams import Stream
 from streamlearn.learn.state import TrainState
@@ -25,6 +27,7 @@ class Recorder:
     def __init__(self, config: Config, state: TrainState, metrics: LearnerMetrics, heartbeat: Heartbeat, stream: Stream):
         self.config, self.metrics, self.heart, self.stream = config, metrics, heartbeat, stream
         self.wait_s, self.began, self.images_before = 0.0, time.monotonic(), -1
+        self.idle = False  # nothing to learn, and the log says so
         self.handed = time.monotonic()  # when the batch at hand was handed over
         self.images, self.fresh = state.images, state.fresh  # told to the metrics so far
         self.losses: list[float] = []
@@ -32,15 +35,18 @@ class Recorder:
         self.failures = 0  # told to the metrics so far
         self.told: dict[str, int] = {}  # likewise, of the stream's counters
         self.committed = -1  # step of the newest checkpoint
+        self.metrics.chance.set(state.guard.ln_k)
+        self.device = Device(next(state.model.parameters()).device)
 
     def waited(self, seconds: float) -> None:
         self.wait_s += seconds
+        self.idle = False
         self.handed = time.monotonic()
         self.metrics.wait_seconds.inc(seconds)
 
     def look(self, state: TrainState, step: Step) -> None:
         if self.images_before < 0:
-            self.images_before, self.began = state.images, time.monotonic()
+            self.images_before, self.wait_s, self.began = state.images, 0.0, time.monotonic()  # the wait for the first was before
         self.metrics.step_seconds.observe(time.monotonic() - self.handed)
         fresh, seen = state.fresh - self.fresh, state.images - self.images
         self.images, self.fresh = state.images, state.fresh
@@ -49,6 +55,8 @@ class Recorder:
         self.metrics.steps.inc()
         self.metrics.step.set(state.step)
         self.metrics.loss.set(step.loss)
+        if math.isfinite(step.prequential) or not step.sound:
+            self.metrics.prequential.set(step.prequential)  # nan of a sound step: nothing in it was fresh
         self.metrics.lr.set(step.rate)
         self.metrics.grad_norm.set(step.grad_norm)
         self.metrics.halvings.set(len(state.policy.halvings))
@@ -83,6 +91,11 @@ class Recorder:
         for event in state.policy.told():
             logger.info("learning rate: %s", event)
             self.heart.history(**event)
+        loss = state.policy.loss
+        self.metrics.window.set(loss.steps)
+        if loss.trend is not None:
+            self.metrics.gain.set(loss.trend.gain)
+            self.metrics.doubt.set(loss.trend.doubt)
         for why in WAITS:
             self.metrics.plateau.labels(why).set(state.policy.waits == why)
 
@@ -120,6 +133,7 @@ class Recorder:
             ("downloads", m.downloads),
             ("download_bytes", m.download_bytes),
             ("failures", m.stream_failures),
+            ("worker_deaths", m.worker_deaths),
             ("cache_hits", m.cache_hits),
             ("cache_evictions", m.cache_evictions),
         ):
@@ -132,10 +146,21 @@ class Recorder:
         ):
             gauge.set(counters.get(name, 0))
         self.told = counters
+        self._device()
         return counters
 
+    def _device(self) -> None:
+        name, used = self.device.name, self.device.used()
+        if used is not None:
+            self.metrics.gpu_busy.labels(name).set(used.busy)
+            self.metrics.gpu_memory.labels(name).set(used.memory)
+            self.metrics.gpu_memory_size.labels(name).set(used.memory_size)
+
     def waits(self, state: TrainState) -> None:
-        """There is no batch, for want of images, or of a store."""
+        """There is no batch, for want of images, or of a store.  Said once in the log: `train anneal` has nobody who reads its heartbeat."""
+        if not self.idle:
+            logger.info("step %d: nothing to learn yet; it waits for images, or for the store", state.step)
+        self.idle = True
         self.beat(state, "waiting", stream=self._stream())
 
     def beat(self, state: TrainState, what: str, *, force: bool = False, **more: Any) -> None:
@@ -158,7 +183,9 @@ class Recorder:
             "round": state.stream.get("round", 0),
         }
         known |= self.stream.waiting()
-        self.metrics.waiting.set(known["waiting_s"])
+        set_waiting(self.metrics.waiting, known["waiting_on"], known["waiting_s"])
+        if newest := state.stream.get("window", ("", ""))[1]:
+            self.metrics.watermark.set(datetime.fromisoformat(newest).timestamp())
         if math.isfinite(self.rank):
             known["effective_rank"] = round(self.rank, 2)
         self.heart.beat(force=force, **known, **more)
@@ -168,11 +195,13 @@ class Recorder:
         if checkpoints.last_step != self.committed:
             self.committed = checkpoints.last_step
             self.metrics.checkpoints.inc()
+            self.metrics.checkpoint_at.set_to_current_time()
         self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
         self.failures = checkpoints.failures
         self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
 
     def withheld(self, state: TrainState) -> None:
+        self.metrics.withheld.inc()
         logger.error("no snapshot of step %d: %s", state.step, ", ".join(state.guard.signs) or "the last steps were not finite")
         self.heart.history(event="snapshot_withheld", step=state.step, signs=list(state.guard.signs))
 

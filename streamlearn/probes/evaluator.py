@@ -236,6 +236,7 @@ class Evaluator:
 
     def _tell(self, snapshot: Snapshot, found: dict[str, Any]) -> None:
         self.metrics.evaluated.inc()
+        self.metrics.evaluated_at.set_to_current_time()
         self.overview.add(snapshot.step, snapshot.digest, snapshot.generation, found)
         self._count()
         line = {k: v for k, v in found.items() if k not in QUIET}

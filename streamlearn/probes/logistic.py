@@ -8,7 +8,7 @@ means the same.  From small C to large each fit starts where the last ended: the
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,13 @@ ITERATIONS = 1000
 MSN_LAMBDA = 0.0025
 SHARES = {"low_shot_1": 0.01, "low_shot_10": 0.10}
 _FLAT = 1e-4  # times the tolerance: a change of the loss in one iteration that ends a fit too
+
+
+Check = Callable[[], object]  # raises what shall end a fit that is under way: a sweep takes minutes, and a role has two to end in
+
+
+def go_on() -> None:
+    """Nobody ends it."""
 
 
 @dataclass
@@ -46,10 +53,11 @@ def fit(
     start: Logistic | None = None,
     iterations: int = ITERATIONS,
     tolerance: float = 1e-5,
+    check: Check = go_on,
 ) -> Logistic:
     """Softmax for (N,) classes; one sigmoid a class for (N,C) labels, over the images in which it is judged.
 
-    `tolerance`: largest gradient of the mean loss, per component, at which a fit ends.
+    `tolerance`: largest gradient of the mean loss, per component, at which a fit ends.  `check` is called before each evaluation of the loss.
     """
     X_ND = F.normalize(bank_ND.double(), dim=1)
     D = X_ND.shape[1]
@@ -67,6 +75,7 @@ def fit(
     decay = 1 / (2 * C * len(X_ND))
 
     def loss() -> Tensor:
+        check()
         optimizer.zero_grad()
         logits = X_ND @ W_DC[:-1] + W_DC[-1]
         value = _mean_loss(logits, labels) + decay * W_DC[:-1].square().sum()
@@ -85,17 +94,17 @@ def _mean_loss(logits_NC: Tensor, labels: Tensor) -> Tensor:
     return (losses * (labels >= 0)).sum() / len(labels)
 
 
-def sweep(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, *, grid: Sequence[float] = SWEEP) -> tuple[Tensor, float]:
+def sweep(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, *, grid: Sequence[float] = SWEEP, check: Check = go_on) -> tuple[Tensor, float]:
     """(M,C) logits, and the C that was chosen.  No seed: the same features give the same figures."""
     classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
     held = held_out(labels)
     best, best_grade, best_C, current = None, -math.inf, sorted(grid)[len(grid) // 2], None
     for C in sorted(grid):
-        current = fit(bank_ND[~held], labels[~held], classes, C, start=current)
+        current = fit(bank_ND[~held], labels[~held], classes, C, start=current, check=check)
         grade = good(current.scores(bank_ND[held]), labels[held])
         if grade > best_grade:
             best, best_grade, best_C = current, grade, C
-    return fit(bank_ND, labels, classes, best_C, start=best).scores(test_MD), best_C
+    return fit(bank_ND, labels, classes, best_C, start=best, check=check).scores(test_MD), best_C
 
 
 def draws(labels: Tensor, share: float, seeds: Sequence[int]) -> Iterator[Tensor]:
@@ -110,13 +119,15 @@ def draws(labels: Tensor, share: float, seeds: Sequence[int]) -> Iterator[Tensor
         yield torch.cat([group[torch.randperm(len(group), generator=g)[:each]] for group in groups]).sort().values
 
 
-def low_shot(bank_ND: Tensor, labels: Tensor, test_MD: Tensor, truth: Tensor, *, share: float, seeds: int) -> dict[str, float]:
+def low_shot(
+    bank_ND: Tensor, labels: Tensor, test_MD: Tensor, truth: Tensor, *, share: float, seeds: int, check: Check = go_on
+) -> dict[str, float]:
     """Mean, standard deviation over `seeds` draws, images in each.  Accuracy, or mAP of a multi-label bank."""
     classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
     grades, images = [], 0
     for some in draws(labels, share, range(seeds)):
         images = len(some)
-        model = fit(bank_ND[some], labels[some], classes, 1 / (MSN_LAMBDA * images))
+        model = fit(bank_ND[some], labels[some], classes, 1 / (MSN_LAMBDA * images), check=check)
         grades.append(good(model.scores(test_MD), truth))
     mean, deviation = spread(grades)
     return {"mean": mean, "deviation": deviation, "seeds": seeds, "images": images}

@@ -128,11 +128,12 @@ class Measurer:
 
     def _thorough(self, bank: Bank, bank_ND: Tensor, test_MD: Tensor) -> dict[str, Any]:
         self.say(f"logistic sweep on {bank.name}")
-        scores_MC, C = sweep(bank_ND, bank.train.labels, test_MD)
+        scores_MC, C = sweep(bank_ND, bank.train.labels, test_MD, check=self.turns.check)
         found = graded(bank, {"logistic": scores_MC}) | {"logistic_C": C}
         for name, share in SHARES.items():
             self.say(f"{share:.0%} of the labels of {bank.name}")
-            drawn = low_shot(bank_ND, bank.train.labels, test_MD, bank.test.labels, share=share, seeds=self.config.low_shot_seeds)
+            labels, seeds = (bank.train.labels, bank.test.labels), self.config.low_shot_seeds
+            drawn = low_shot(bank_ND, labels[0], test_MD, labels[1], share=share, seeds=seeds, check=self.turns.check)
             found[name] = drawn.pop("mean")
             found |= {f"{name}_{k}": v for k, v in drawn.items()}
         return found

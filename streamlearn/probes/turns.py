@@ -6,7 +6,7 @@
   A learner that waits for data, that has not been heard of for a minute, or that learns on another device, is left nothing.
 
 The two are two processes, which a GPU serves in slices of time; stream priorities order work inside one process only, and no lock is taken, so a
-learner never depends on an evaluator that hangs.  `stop` is looked at before each batch: a measurement that is cut short is made again.
+learner never depends on an evaluator that hangs.  `stop` is looked at before each batch and each step of a fit: a measurement that is cut short is made again.
 """
 
 import threading
@@ -42,11 +42,15 @@ class Turns:
         self.share, self.busy, self.wait, self.clock, self.finish = share, busy, wait, clock, finish
         self.yielded_s = 0.0
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def check(self) -> None:
         """Raises Stopped."""
         if self.wait(0):
             raise Stopped
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Raises Stopped."""
+        self.check()
         began = self.clock()
         yield
         if not self.busy():

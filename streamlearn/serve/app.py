@@ -8,6 +8,7 @@ names are answered, so that no web page can read here through a browser that was
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -58,6 +59,16 @@ def application(config: ServeConfig, layout: OciLayout, repository: str, metrics
     shelf = Shelf(layout, sender, repository)
 
     @web.middleware
+    async def counted(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began, protocol, code = time.monotonic(), _protocol(request.path), "5xx"
+        try:
+            answer = await worded(request, handler)
+            code = f"{answer.status // 100}xx"
+            return answer
+        finally:
+            metrics.requests.labels(protocol, code).inc()
+            metrics.seconds.labels(protocol).observe(time.monotonic() - began)
+
     async def worded(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             guard.check(request)
@@ -77,7 +88,7 @@ def application(config: ServeConfig, layout: OciLayout, repository: str, metrics
         metrics.refused.labels(REASONS.get(refused.status, "malformed")).inc()
         return await _word(request, refused)
 
-    app = web.Application(middlewares=[worded])
+    app = web.Application(middlewares=[counted])
     app.on_response_prepare.append(_signed)
     app.add_routes(Oci(shelf, sender, metrics).routes())
     app.add_routes(Pages(shelf, config, private=tokens is not None).routes())
@@ -98,16 +109,24 @@ async def _signed(request: web.Request, response: web.StreamResponse) -> None:
 async def _word(request: web.Request, refused: Refused) -> web.StreamResponse:
     """A refusal as the client's protocol has it."""
     message = "".join(c if " " <= c <= "~" else "?" for c in refused.message)  # it goes into a header too
-    if request.path.startswith("/v2"):
+    protocol = _protocol(request.path)
+    if protocol == "oci":
         code = refused.code or OCI_CODES.get(refused.status, "UNKNOWN")
         body = json.dumps({"errors": [{"code": code, "message": message, "detail": {}}]})
         return web.Response(status=refused.status, text=body, content_type="application/json", headers=refused.headers)
-    if request.path.startswith("/api/") or "/resolve/" in request.path:
+    if protocol == "hf":
         code = refused.code or ("RepoNotFound" if refused.status == 401 and refused.message != INVALID else "")  # as huggingface.co has it
         headers = {"X-Error-Message": message[:400], **refused.headers} | ({"X-Error-Code": code} if code else {})
         return web.json_response({"error": message}, status=refused.status, headers=headers)
     page = await asyncio.to_thread(failure, refused.status, message)
     return web.Response(status=refused.status, text=page, content_type="text/html", headers=refused.headers)
+
+
+def _protocol(path: str) -> str:
+    """Of metrics.SERVED."""
+    if path.startswith("/v2"):
+        return "oci"
+    return "hf" if path.startswith("/api/") or "/resolve/" in path else "page"
 
 
 def _host(request: web.Request) -> str:

@@ -5,6 +5,7 @@ It writes nothing but its heartbeat, and may be killed at any moment: who was pu
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -13,9 +14,10 @@ from streamlearn.contract.config import Config
 from streamlearn.contract.config_serve import ServeConfig, check_repository
 from streamlearn.contract.errors import ConfigError, Corrupt
 from streamlearn.contract.metrics import ServeMetrics
-from streamlearn.contract.registry import OciLayout
+from streamlearn.contract.registry import OciLayout, Registry
 from streamlearn.contract.status import Heartbeat
 from streamlearn.serve.app import application
+from streamlearn.serve.mirror import follow
 from streamlearn.serve.tokens import Tokens
 
 PERIOD_S = 0.25  # between heartbeats
@@ -24,10 +26,6 @@ CLOSING_S = 2.0  # for pulls under way when the role is told to stop
 
 def check(config: Config) -> Tokens | None:
     """What can be found wrong before anything is started.  Raises ConfigError."""
-    if config.snapshots.registry:
-        raise ConfigError(
-            f"serve offers the registry in the home; snapshots.registry = {config.snapshots.registry!r} is another, and offers its snapshots itself"
-        )
     try:
         check_repository(repository(config))
     except ValueError as e:
@@ -39,9 +37,20 @@ def repository(config: Config) -> str:
     return config.serve.repository or config.train.name
 
 
-def run_serve(config: Config, layout: OciLayout, metrics: ServeMetrics, heartbeat: Heartbeat, stop: threading.Event) -> None:
-    """Until `stop`.  Raises ConfigError: the port is taken, the tokens cannot be read."""
+def run_serve(
+    config: Config,
+    layout: OciLayout,
+    metrics: ServeMetrics,
+    heartbeat: Heartbeat,
+    stop: threading.Event,
+    *,
+    source: Registry | None = None,
+) -> None:
+    """Until `stop`; with `source`, a registry elsewhere, `layout` is a copy that follows it.  Raises ConfigError: port taken, tokens unread."""
     app = application(config.serve, layout, repository(config), metrics, check(config))
+    if source is not None:
+        follower = partial(follow, source, layout, stop, lambda waiting: heartbeat.beat(copying=waiting))
+        threading.Thread(target=follower, name="mirror", daemon=True).start()
     asyncio.run(_serve(app, config.serve, layout, metrics, heartbeat, stop))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlearn.contract.errors import Corrupt, Retryable
+from streamlearn.contract.waits import Waits
 from streamlearn.stream.cache import Copy, Lost, ShardCache, Want
 from streamlearn.stream.crew import Work
 from streamlearn.stream.minred import Features
@@ -24,7 +25,6 @@ from streamlearn.stream.position import Position, finished, pool_of
 from streamlearn.stream.replay import MINRED
 from streamlearn.stream.rounds import Slots, order, substitute
 from streamlearn.stream.table import Table
-from streamlearn.stream.waits import Waits
 from streamlearn.stream.worker import BatchSpec, Place
 
 LOST_TRIES = 32  # replay draws tried for a slot whose shard is lost

@@ -29,8 +29,8 @@ from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt, NotFound, Retryable, StoreFull
 from streamlearn.contract.object_store import ObjectStore
 from streamlearn.contract.shards import ShardSample, index_shard
+from streamlearn.contract.waits import Waits
 from streamlearn.stream.copies import Copies, Refusal
-from streamlearn.stream.waits import Waits
 
 CHUNK_BYTES = 8 * 2**20  # of one request: what a fault costs, and what a download holds in memory
 POLL_S = 0.05  # between looks at what other ranks do

@@ -32,6 +32,7 @@ from streamlearn.contract.catalog import Catalog
 from streamlearn.contract.config import StreamConfig
 from streamlearn.contract.errors import Corrupt, NotFound, Retryable
 from streamlearn.contract.object_store import ObjectStore
+from streamlearn.contract.waits import Waits
 from streamlearn.stream import views
 from streamlearn.stream.ahead import Ahead, Outstanding
 from streamlearn.stream.cache import Copy, Lost, ShardCache, Want, read_member
@@ -43,7 +44,6 @@ from streamlearn.stream.plan import Planner
 from streamlearn.stream.position import Position
 from streamlearn.stream.replay import MINRED
 from streamlearn.stream.rounds import fresh_refs, part_of_batch
-from streamlearn.stream.waits import Waits
 from streamlearn.stream.worker import Sound
 
 LOOK_S = 5.0  # between looks at the catalog in the middle of a round

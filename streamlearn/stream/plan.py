@@ -27,6 +27,7 @@ become of the samples that it names is looked up when they are read (moved.py, l
 The cost of a round is that of its shards and of the reservoir, never of the catalog: changes are followed (waiting.py, moved.py).
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 
@@ -45,7 +46,9 @@ from streamlearn.stream.rounds import Round, Shard
 from streamlearn.stream.waiting import Waiting
 
 IDLE_BATCHES = 8  # of a round without fresh samples: short, so that new shards are not kept waiting
+NAMED = 100  # shards of a round that its line in the log names, at most
 ROUND_SHARDS = 4096  # of a round, at most: empty and expired ones count no sample, and a record must stay small
+logger = logging.getLogger(__name__)
 
 
 class Planner:
@@ -93,6 +96,9 @@ class Planner:
                 return None
             if not self.store.put_if_absent(name, round_.to_json()):
                 raise Corrupt(f"{name}: another learner has recorded this round; one home has one learner")
+            named = {"round": round_.number, "shards": [s.key for s in round_.shards[:NAMED]]}
+            told = (round_.number, round_.batches, round_.fresh, len(round_.shards))
+            logger.info("round %d: %d batches, %d fresh images of %d shards", *told, extra={"ids": named})
         if round_.batch != self.batch:
             raise ConfigError(
                 f"{name} was planned for batches of {round_.batch}, train.batch = {self.batch}; set it back, or use a new home"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from streamlearn.contract.candidate import MAX_BYTES, ROOM, Candidate, politeness_key
@@ -53,6 +53,8 @@ JSON = st.recursive(
 @given(
     st.dictionaries(st.sampled_from([*GOOD, "alt", "license", "etag", "attempt", "waits", "not_before", "origin", "purpose", "what"]), JSON)
 )
+@example({"url": ""})
+@example({"alt": ""})
 def test_any_json_is_a_candidate_or_corrupt_and_a_candidate_can_be_told_again(fields):
     try:
         candidate = Candidate.from_json(json.dumps(GOOD | fields).encode())

@@ -1,8 +1,7 @@
 """A store that is killed, or full, at a chosen place of the writing of a checkpoint."""
 
 from streamlearn.contract.errors import StoreFull
-from streamlearn.contract.object_store import FolderStore
-from streamlearn.learn.checkpoint import POINTER
+from streamlearn.contract.object_store import POINTER, FolderStore
 
 
 class Killed(BaseException):

@@ -88,14 +88,14 @@ def feed(log, base, paths):
         log.append([NewRecord(CANDIDATES, politeness_key(c.url), c.to_json(), i % PARTITIONS)])
 
 
-def fetch_until(place, done, limit_s=150.0, watcher=None):
+def fetch_until(place, done, limit_s=150.0, watcher=None, registry=None):
     """Run the role until `done(place)`; whatever kills it is raised."""
     stop, failed = threading.Event(), []
 
     def work():
         try:
             heart = Heartbeat(place.home, "fetch")
-            metrics = FetchMetrics(CollectorRegistry())
+            metrics = FetchMetrics(registry or CollectorRegistry())
             run_fetch(place.config, place.log, place.store, place.catalog, metrics, heartbeat=heart, stop=stop, home=place.home)
         except BaseException as e:
             failed.append(e)

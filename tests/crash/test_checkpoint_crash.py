@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from streamlearn.contract.errors import Corrupt
-from streamlearn.learn.checkpoint import POINTER, Checkpoints
+from streamlearn.contract.object_store import POINTER
+from streamlearn.learn.checkpoint import Checkpoints
 from tests.crash.dying import DyingStore, Killed
 
 

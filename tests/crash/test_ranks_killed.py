@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.object_store import FolderStore
+from streamlearn.contract.object_store import POINTER, FolderStore
 from streamlearn.contract.orders import input_key
-from streamlearn.learn.checkpoint import POINTER, Checkpoints
+from streamlearn.learn.checkpoint import Checkpoints
 from tests.conftest import REPO
 from tests.learn.world import same
 from tests.parity.learner_world import furthest

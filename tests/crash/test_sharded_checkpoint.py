@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from streamlearn.contract.errors import Corrupt
+from streamlearn.contract.object_store import POINTER
 from streamlearn.learn import sharded
-from streamlearn.learn.checkpoint import POINTER, Checkpoints
+from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.state import fresh_state
 from streamlearn.learn.trainer import train
 from tests.crash.dying import DyingStore, Killed

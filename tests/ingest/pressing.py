@@ -114,6 +114,11 @@ class Role:
         lines = (line.rpartition(" ") for line in self.get("/metrics")[1].splitlines() if not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
 
+    def waited(self):
+        """What it waits for -> seconds."""
+        found = {name.split('"')[1]: s for name, s in self.metrics().items() if name.startswith(f"{self.name}_waiting_seconds{{")}
+        return {on: s for on, s in found.items() if s}
+
     def stored(self, images):
         """Whether it has done with so many: they are in the catalog, and nothing is owed to the log."""
         return self.health()[1].get("stored") == images

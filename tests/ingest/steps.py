@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+from ingest.connectors import plugins
 from ingest.connectors.base import Found
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import Section
@@ -57,3 +58,14 @@ class Steps:
 
 def expected(name, steps):
     return sorted(f"http://{name}/{i}.jpg" for i in range(steps))
+
+
+def installed(monkeypatch):
+    """The class `steps` is one of those that are built in, for a test."""
+    monkeypatch.setitem(plugins.BUILT_IN, "steps", "tests.ingest.steps:Steps")
+    OPEN.clear()
+
+
+def config(name, steps=5, **more):
+    """Of a connector of that class."""
+    return {"name": name, "class": "steps", "steps": steps, "poll_s": 0.05, "errors_retry_delay_max_s": 0.2} | more

@@ -128,15 +128,15 @@ def test_an_s3_that_is_down_for_a_while_is_waited_for_with_a_bounded_spool_and_m
         role.wait(lambda: role.health()[1]["state"] == "waiting")
         asked = role.at_rest(lambda: len(site.hits))
         assert asked <= 20 + spool // size + 4 * SLOTS  # two partitions with candidates, each a window ahead
-        said = _says_what_it_waits_for(role, line.url, "seal")
+        said = _says_what_it_waits_for(role, line.url, "seal", "store")
         role.wait(lambda: role.metrics()["fetch_lag_records"] == images - 20)
-        role.wait(lambda: role.metrics()["fetch_waiting_seconds"] > seconds)
+        role.wait(lambda: role.waited()["store"] > seconds)
         assert len(site.hits) == asked and role.health()[1]["waiting_since"] == said["waiting_since"]
         assert role.metrics()["fetch_spool_bytes"] <= spool + 4 * SLOTS * (size + 10_000)
         line.mend()
         role.wait(lambda: role.stored(images), limit_s=400)
         role.wait(lambda: role.health("/readyz")[0] == 200)
-        assert role.health()[1]["state"] == "fetching" and role.metrics()["fetch_waiting_seconds"] == 0
+        assert role.health()[1]["state"] == "fetching" and role.waited() == {}
         grown_mb = role.peak_kb / 1024 - before_mb
         assert role.stop() == 0
     print(f"{images} images of {size} bytes, down for {seconds} s: {asked} asked for meanwhile, {before_mb:.0f} MB + {grown_mb:.0f} MB")
@@ -145,7 +145,7 @@ def test_an_s3_that_is_down_for_a_while_is_waited_for_with_a_bounded_spool_and_m
     dataset.check(base, range(images), site.body)
 
 
-def _says_what_it_waits_for(role, what, step):
+def _says_what_it_waits_for(role, what, step, on):
     """Alive, not ready, and why; the same in the metrics."""
     role.wait(lambda: any(f"({step})" in who for who in role.health()[1].get("waiting_at", ())))
     (alive, said), (ready, _) = role.health(), role.health("/readyz")
@@ -153,7 +153,8 @@ def _says_what_it_waits_for(role, what, step):
     print("\n".join(f"{name} {value:g}" for name, value in role.metrics().items() if name.startswith("fetch_") and "duration" not in name))
     assert (alive, ready, said["healthy"], said["ready"], said["state"]) == (200, 503, True, False, "waiting")
     assert what in said["waiting"] and said["waiting_since"] and said["waiting_s"] >= 0
-    assert role.metrics()[f'fetch_waits_total{{step="{step}"}}'] > 0 and role.metrics()["fetch_waiting_seconds"] > 0
+    assert role.metrics()[f'fetch_waits_total{{step="{step}"}}'] > 0
+    assert said["waiting_on"] == on and set(role.waited()) == {on}
     return said
 
 
@@ -166,7 +167,7 @@ def test_a_role_that_starts_while_s3_is_down_waits_and_ends_when_it_is_told_to(t
         tell(log, base, range(10))
         line.cut()
         with Role("fetch", tmp_path / "home", **settings) as role:
-            _says_what_it_waits_for(role, line.url, "recover")
+            _says_what_it_waits_for(role, line.url, "recover", "store")
             assert role.stop() == 0 and site.hits == {}
         with Role("fetch", tmp_path / "home", **settings) as role:
             role.wait(lambda: role.health()[1]["state"] == "waiting")
@@ -187,7 +188,7 @@ def test_brokers_that_are_gone_cost_no_image_that_has_come(tmp_path, bucket, log
         tell(log, base, range(10))
         role.wait(lambda: len(site.hits) == 10 and role.health()[1]["spool_bytes"])
         log.cluster.down()
-        _says_what_it_waits_for(role, "Kafka", "read")
+        _says_what_it_waits_for(role, "Kafka", "read", "broker")
         log.cluster.up()
         tell(log, base, range(10, 20))
         role.wait(lambda: role.stored(20))
@@ -282,7 +283,7 @@ def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(
         role.wait(lambda: role.health()[1]["state"] == "waiting")
         asked = role.at_rest(lambda: len(site.hits))
         assert asked <= 20 + 2 * SLOTS  # what is read ahead of the two partitions
-        said = _says_what_it_waits_for(role, str(small_spool), "spool")
+        said = _says_what_it_waits_for(role, str(small_spool), "spool", "disk")
         assert "no space left" in said["waiting"] and "goes on by itself" in said["waiting"]
         (small_spool / "ballast").unlink()
         role.wait(lambda: role.stored(90))
@@ -301,7 +302,7 @@ def test_a_unit_that_others_leave_no_room_to_be_closed_is_fetched_again(tmp_path
         tell(log, base, range(10))
         role.wait(lambda: len(site.hits) == 10 and role.health()[1]["spool_bytes"])
         fill(small_spool / "ballast")
-        _says_what_it_waits_for(role, str(small_spool), "seal")
+        _says_what_it_waits_for(role, str(small_spool), "seal", "disk")
         role.wait(lambda: role.health()[1]["spool_bytes"] == 0)  # dropped: it is room, for whoever can use it
         (small_spool / "ballast").unlink()
         role.wait(lambda: role.stored(10))

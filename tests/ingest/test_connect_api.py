@@ -1,11 +1,13 @@
 """The REST API in Connect's shape, over real HTTP, of the real role."""
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ingest.api import serve
 from ingest.connectors import plugins
 from streamlearn.contract.config import ConnectConfig
 from streamlearn.contract.errors import ConfigError
+from streamlearn.contract.metrics import ConnectMetrics
 from tests.ingest import steps
 from tests.ingest.connecting import Role, until, urls
 from tests.ingest.steps import expected
@@ -210,7 +212,7 @@ class NoToken:
 def test_without_a_token_only_this_machine_is_answered():
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         with pytest.raises(ConfigError, match="no token is asked of them: set the environment variable STREAMLEARN_REST_TOKEN"):
-            serve(NoToken(), ConnectConfig(rest_port=1, rest_host=host))
+            serve(NoToken(), ConnectConfig(rest_port=1, rest_host=host), ConnectMetrics(CollectorRegistry()))
 
 
 def test_a_port_that_is_taken_is_said(role, tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ingest.connectors import book, plugins
+from ingest.connectors import book
 from ingest.connectors.worker import Worker
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, NotFound, Retryable
@@ -17,17 +17,12 @@ from streamlearn.contract.event_log import CONNECTOR_CONFIGS, DEAD_LETTERS, NewR
 from tests.conftest import REPO
 from tests.ingest import steps
 from tests.ingest.connecting import Role, make_log, records, until, urls
-from tests.ingest.steps import expected
+from tests.ingest.steps import config, expected, installed
 
 
 @pytest.fixture(autouse=True)
 def steps_class(monkeypatch):
-    monkeypatch.setitem(plugins.BUILT_IN, "steps", "tests.ingest.steps:Steps")
-    steps.OPEN.clear()
-
-
-def config(name, steps=5, **more):
-    return {"name": name, "class": "steps", "steps": steps, "poll_s": 0.05, "errors_retry_delay_max_s": 0.2} | more
+    installed(monkeypatch)
 
 
 @pytest.mark.parametrize(("trouble", "state"), [("bug", "FAILED"), ("mend", "FAILED"), ("later", "RUNNING"), ("slow", "RUNNING")])

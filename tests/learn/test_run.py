@@ -4,6 +4,7 @@ import hashlib
 import threading
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from streamlearn.contract.durable import read_lines
@@ -12,7 +13,10 @@ from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import FolderStore
 from streamlearn.contract.status import Heartbeat, read_status
 from streamlearn.learn.checkpoint import Checkpoints
+from streamlearn.learn.recorder import RECORD_EVERY, Recorder
 from streamlearn.learn.run import run_train
+from streamlearn.learn.state import fresh_state
+from streamlearn.learn.trainer import Step
 from tests.learn.world import PlainStream, same, small_config
 
 
@@ -114,7 +118,7 @@ class DryStream(PlainStream):
         yield from super().batches()
 
     def waiting(self):
-        return {"waiting": self.why, "waiting_s": 7.0 if self.why else 0.0}
+        return {"waiting": self.why, "waiting_on": "store", "waiting_s": 7.0 if self.why else 0.0}
 
     def eval_images(self, refs, size):
         if not self.refused:
@@ -131,7 +135,7 @@ def test_a_store_that_is_down_is_said_and_ends_neither_steps_nor_snapshots(tmp_p
     run_train(config, lambda _: stream, FolderStore(tmp_path / "store"), shelf, metrics, heart, stop=threading.Event())
     assert (stream.seen["state"], stream.seen["waiting"]) == ("waiting", "the store is down")
     assert read_status(tmp_path)["train"]["waiting"] == "" and sorted(shelf.exports) == [4] and stream.refused == 1
-    assert registry.get_sample_value("learner_waiting_seconds") == 0.0
+    assert registry.get_sample_value("learner_waiting_seconds", {"on": "store"}) == 0.0
 
 
 def test_told_to_stop_it_checkpoints_and_ends(tmp_path):
@@ -163,3 +167,21 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_the_remedy(tmp_path):
         ConfigError, match=r"the checkpoint of step 2 does not fit .*train.optim.kind = 'lars', here it is 'sgd'; set them back"
     ):
         learn(tmp_path, 3, Shelf(), other)
+
+
+def test_the_wait_for_the_first_batch_is_no_share_of_the_time_after_it(tmp_path, caplog):
+    config = small_config()
+    caplog.set_level("INFO")
+    state = fresh_state(config)
+    recorder = Recorder(
+        config, state, LearnerMetrics(CollectorRegistry()), Heartbeat(tmp_path, "train", period_s=0), PlainStream(None, 100)
+    )
+    for _ in range(3):
+        recorder.waits(state)
+    assert [line for line in caplog.messages if "nothing to learn" in line] == [
+        "step 0: nothing to learn yet; it waits for images, or for the store"
+    ]
+    recorder.waited(3600.0)
+    for state.step in range(1, RECORD_EVERY + 1):
+        recorder.look(state, Step(1.0, 1.0, 1.0, 0.1, True, False, torch.zeros(1, 1)))
+    assert 0 <= read_status(tmp_path)["train"]["wait_share"] <= 1

@@ -75,7 +75,7 @@ class PlainStream:
         return {"corrupt": 0}
 
     def waiting(self):
-        return {"waiting": "", "waiting_s": 0.0}
+        return {"waiting": "", "waiting_on": "", "waiting_s": 0.0}
 
     def close(self):
         return None

@@ -23,6 +23,7 @@ from streamlearn.probes.compare import compare
 from streamlearn.probes.evaluator import run_evaluate
 from streamlearn.probes.measure import Measurer, open_snapshot
 from streamlearn.probes.statistics import unpacked
+from streamlearn.probes.turns import Stopped, Turns
 from streamlearn.snapshots.publish import publish, results
 from tests.probes.world import Killed, bank_file, class_folders, config, evaluator, measure_all, shade
 from tests.snapshots.test_package import large
@@ -299,3 +300,20 @@ def test_the_measurer_says_what_a_collapsed_network_is(home):
     (found,) = results(OciLayout(home / "registry"), digest)
     assert {"effective_rank", "uniformity"} <= set(found["alarms"])
     assert Measurer(config(home).probe, home, evaluator(home).turns).protocol("each", 32) == found["protocol"]
+
+
+def test_a_thorough_measurement_that_is_under_way_ends_when_the_role_is_told_to(home):
+    """Minutes of fits: whoever waits for their end kills the role."""
+    publish(OciLayout(home / "registry"), export(1))
+    role = evaluator(home, settings=config(home, thorough="newest", low_shot_seeds=2))
+    assert role.measure_next()  # `each`, which keeps the features
+    looks = []
+
+    def told_in_the_middle(_):
+        looks.append(1)
+        return len(looks) > 20
+
+    role.measurer.turns = Turns(1.0, busy=lambda: False, wait=told_in_the_middle)
+    with pytest.raises(Stopped):
+        role.measure_next()
+    assert len(looks) == 21

@@ -185,3 +185,6 @@ def test_what_is_pulled_is_counted_by_the_name_it_was_asked_by(tmp_path, hub):
         size = served.blob("model.safetensors")[1].stat().st_size
         assert served.counted("serve_sent_bytes_total", protocol="hf") > 2 * size
         assert served.counted("serve_snapshots") == 2
+        assert served.counted("serve_requests_total", protocol="oci", code="2xx") >= 5
+        assert served.counted("serve_requests_total", protocol="hf", code="5xx") == 0
+        assert served.counted("serve_request_duration_seconds_count", protocol="hf") >= 4

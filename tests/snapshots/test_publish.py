@@ -14,6 +14,7 @@ from streamlearn.contract.export import Export
 from streamlearn.contract.registry import OciLayout
 from streamlearn.learn.backbones import build
 from streamlearn.learn.backbones.regnet import REGNETY, anynet
+from streamlearn.snapshots.promote import promote
 from streamlearn.snapshots.publish import publish, record_result, results, versions
 from streamlearn.snapshots.pull import list_snapshots, pull, show, verify
 
@@ -171,3 +172,20 @@ def test_the_commands_show_what_there_is(registry, tmp_path):
     assert CliRunner().invoke(cli, ["snapshots", "pull", "0.3.0", str(tmp_path / "m"), *home]).exit_code == 0
     assert isinstance(CliRunner().invoke(cli, ["snapshots", "list", "--home", "nowhere"]).exception, ConfigError)
     assert dataclasses.is_dataclass(list_snapshots(registry)[0])
+
+
+def test_on_a_narrow_terminal_no_tag_and_no_digest_is_cut(registry, tmp_path, monkeypatch):
+    """They are what the next command is given."""
+    _, digest = publish(registry, export(3))
+    result = {"bank": "pets", "bank_digest": "sha256:b", "protocol": "p/1", "knn": 0.5, "random_knn": 0.1, "raw_knn": 0.2, "ridge": 0.3}
+    record_result(registry, digest, result | {"step": 3})
+    promote(registry, "stable", "candidate", by="ann", why="a reason that is longer than any terminal is wide " * 3)
+    monkeypatch.setenv("COLUMNS", "80")
+    words = CliRunner().invoke(cli, ["snapshots", "list", "--home", str(tmp_path)]).output.split()
+    assert {"candidate", "stable", "0.3.0", digest[7:19], "0.500", "0.100", "0.200", "0.300"} <= set(words)
+    said = CliRunner().invoke(cli, ["snapshots", "history", "--home", str(tmp_path)]).output.splitlines()
+    assert (
+        len(said) == 2
+        and f"stable: promote 0.3.0 {digest[7:19]} (before: nothing), by ann" in said[0]
+        and said[1].strip().endswith("is wide")
+    )

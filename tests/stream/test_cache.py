@@ -12,9 +12,9 @@ from ingest.expire import purge
 from ingest.takedown import takedown
 from streamlearn.contract.errors import ConfigError, Retryable
 from streamlearn.contract.event_log import TAKEDOWNS, SqliteLog
+from streamlearn.contract.waits import Waits
 from streamlearn.stream import loader
 from streamlearn.stream.cache import Copy, ShardCache, Want
-from streamlearn.stream.waits import Waits
 from tests.conftest import missing
 from tests.stream.stores import LIMIT_S, Road
 from tests.stream.test_life import FAR

@@ -1,7 +1,7 @@
-"""What the stream cannot go on without just now: the store, the catalog, room on a disk.
+"""What a role of many threads cannot go on without just now: the store, the catalog, brokers, room on a disk.
 
 Waiting is back-pressure, not failure: what is ready is learnt, what is not yet is asked for again, and no sample is given up.  The role says
-what it waits for and since when, in its heartbeat and as metrics, as the fetcher does (docs/how-it-works.md).
+what it waits for and since when, in its heartbeat and as metrics, as the fetcher does (ingest/fetch/waits.py, docs/how-it-works.md).
 """
 
 import logging
@@ -31,8 +31,8 @@ class Wait:
 class Waits:
     """For any number of threads."""
 
-    def __init__(self) -> None:
-        self.failures = 0
+    def __init__(self, who: str = "the stream") -> None:
+        self.who, self.failures = who, 0
         self._lock = threading.Lock()
         self._open: dict[str, Wait] = {}  # what cannot be done, longest first
 
@@ -45,7 +45,7 @@ class Waits:
             self._open[what] = replace(known, error=e, tries=known.tries + 1, logged=at if due else known.logged)
             self.failures += 1
         if due:
-            logger.error("the stream waits (%s) since %s: %s", what, known.since, e)
+            logger.error("%s waits (%s) since %s: %s", self.who, what, known.since, e)
         return max(e.after_s, min(MOST_S, FIRST_S * 2.0 ** min(known.tries, 16))) * random.uniform(0.75, 1.25)
 
     def over(self, what: str) -> None:
@@ -53,7 +53,7 @@ class Waits:
         with self._lock:
             known = self._open.pop(what, None)
         if known:
-            logger.warning("the stream goes on (%s) after %.1f s", what, time.monotonic() - known.began)
+            logger.warning("%s goes on (%s) after %.1f s", self.who, what, time.monotonic() - known.began)
 
     def gone(self, what: str) -> None:
         """Nobody waits for it any more."""
@@ -72,6 +72,7 @@ class Waits:
         longest = next(iter(waits.values()), None)
         return {
             "waiting": str(longest.error) if longest else "",
+            "waiting_on": longest.error.on if longest else "",
             "waiting_since": longest.since if longest else "",
             "waiting_s": round(time.monotonic() - longest.began, 1) if longest else 0.0,
             "waiting_at": sorted({what.partition(" ")[0] for what in waits}),
