@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 HOME_DIR ?= .streamlearn
 ARGS ?=
 
-.PHONY: help setup run test check bench clean
+.PHONY: help setup run test check bench secrets compose-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,12 @@ check: $(VENV)/.ready  ## lint, types, formatting
 bench: $(VENV)/.ready  ## benchmarks: one training step, ingest
 	$(BIN)/python -m bench.step
 	$(BIN)/python -m bench.ingest
+
+secrets:  ## random secrets for docker-compose.yml, into ops/docker/secrets; what is there stays
+	$(PYTHON) ops/docker/make_secrets.py
+
+compose-check: $(VENV)/.ready  ## docker-compose.yml: its schema, and its parts against each other
+	$(BIN)/python -m ops.docker.check
 
 clean:  ## remove the environment (not the learner's home)
 	rm -rf $(VENV) build *.egg-info
