@@ -102,7 +102,7 @@ def test_when_torchrun_itself_is_killed_no_rank_learns_on(tmp_path):
     argv, env = command(tmp_path, 2, end=MANY)
     torchrun = subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
-    while not (tmp_path / "learnt-1").exists():
+    while not all((tmp_path / f"learnt-{rank}").exists() for rank in (0, 1)):
         assert torchrun.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     ranks = [child for child in psutil.Process(torchrun.pid).children() if str(ROLE) in child.cmdline()]

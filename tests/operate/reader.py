@@ -4,6 +4,7 @@ The home is made by the README's own first line, `streamlearn up --images ~/pict
 environment) at which it has published and measured after half a minute.  Beside it lies, where the pages look for it:
 
     .venv/bin/streamlearn      the tree under test; the same as `streamlearn` on the PATH
+    on the PATH besides        the commands of the environment that the tests run in, activated or not: model_signing
     .streamlearn, runs/web     what commands without --home mean, and the home of `up --urls`: the same home
     ~/pictures, ~/labelled     drawn images; ~/labelled has a folder a class, so has ~/pets; ~/cifar is two parquet files
     urls.txt, run.toml         a list whose addresses nobody answers at; the file of a run on ~/pictures
@@ -67,7 +68,8 @@ class Reader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.env = os.environ | {f"STREAMLEARN__{key}": value for key, value in SMALL.items()}
-        self.env |= {"HOME": str(folder), "PYTHONPATH": str(REPO), "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"}
+        path = (folder / ".venv" / "bin", Path(sys.executable).parent, os.environ["PATH"])
+        self.env |= {"HOME": str(folder), "PYTHONPATH": str(REPO), "PATH": ":".join(map(str, path))}
 
     def run(self, line: Line) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["bash", "-c", line.text], **self._where(), capture_output=True, timeout=LIMIT_S, check=False)

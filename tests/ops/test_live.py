@@ -1,6 +1,7 @@
 """A real Prometheus reads a real loop: what the dashboards ask has answers, and the answers are what `streamlearn status` says."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from tests.ops.prometheus import Prometheus, free_port, running
 from tests.ops.queries import OPS
 
 LIMIT_S = 900  # for each thing that is waited for; the machine may be busy
-SMALL = {  # a world that stands still after a while, and so does what is measured
-    "demo.max_images": 500,
+FIRST, MOST, PULSE = 300, 3000, 20  # images: announced by the demo, in all at most, and added at each look
+SMALL = {  # a world that stands still once nobody adds to it, and so does what is measured
+    "demo.max_images": FIRST,
     "demo.size": 32,
     "serve.enabled": "true",
     "serve.port": 0,
@@ -31,6 +33,7 @@ SMALL = {  # a world that stands still after a while, and so does what is measur
     "train.snapshot_steps": 15,
     "train.checkpoint_steps": 15,
     "probe.drift_window": 256,
+    "probe.drift_period_s": 1,
     "probe.view_images": 20,
     "supervise.report_s": 0,
 }
@@ -39,8 +42,6 @@ WITHOUT = {
     "learner_gpu_utilisation_ratio": "no GPU here",
     "learner_gpu_memory_bytes": "likewise",
     "learner_gpu_memory_size_bytes": "likewise",
-    "evaluator_drift_frechet": "a second window takes images that come after the first was measured, and this world stands still by then",
-    "evaluator_drift_threshold": "likewise",
     "evaluator_transfer_ratio": "a second generation begins with a quarter",
 }
 FIGURES = (  # of `status --json`, and what a dashboard asks for the same
@@ -59,10 +60,11 @@ FIGURES = (  # of `status --json`, and what a dashboard asks for the same
 )
 
 
-def until(look, what):
-    """What `look` returns once it is true."""
+def wait(loop, log, look, what):
+    """What `look` returns once it is true, while the loop lives."""
     deadline = time.monotonic() + LIMIT_S
     while not (found := look()):
+        assert loop.poll() is None, log.read_text()
         assert time.monotonic() < deadline, what() if callable(what) else what
         time.sleep(0.5)
     return found
@@ -96,6 +98,16 @@ def pull(home):
             answer.read()
 
 
+def announce(home):
+    """More images, as the demo announces its own: rates, and a second window of drift, are of what comes while Prometheus looks."""
+    urls = home / "demo" / "urls.txt"
+    lines = urls.read_text().splitlines()
+    if FIRST <= len(lines) < MOST:
+        base = lines[0].rpartition("/")[0]
+        with urls.open("a") as out:
+            out.write("".join(f"{base}/{i}.jpg\n" for i in range(len(lines), len(lines) + PULSE)))
+
+
 def differences(prometheus, home):
     """Figures of the dashboards that are not those of the status."""
     status = overview(home)
@@ -116,7 +128,8 @@ def test_every_dashboard_is_filled_by_an_embedded_loop_and_agrees_with_its_statu
     roles = {"demo", "connect", "fetch", "train", "evaluate", "serve", "refresh"}
     since = time.time()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running([*python, "up", "--demo", "--home", str(home), *settings], tmp_path / "up.log", env=environment))
+        up, log = [*python, "up", "--demo", "--home", str(home), *settings], tmp_path / "up.log"
+        until = functools.partial(wait, stack.enter_context(running(up, log, env=environment)), log)
         until((home / "config.json").exists, "the loop does not begin")
         until((home / "status/train.json").exists, "the learner does not begin")
         stack.enter_context(running([*python, "role", "refresh", "--home", str(home)], tmp_path / "refresh.log", env=environment))
@@ -136,6 +149,7 @@ def test_every_dashboard_is_filled_by_an_embedded_loop_and_agrees_with_its_statu
 
         def filled():
             pull(home)
+            announce(home)
             return not empty()
 
         until(filled, lambda: f"nothing is drawn by {sorted(empty())}")
