@@ -67,6 +67,7 @@ class Lane:
             except Fenced as e:
                 logger.warning("unit dropped: %s", e)
                 self.fetcher.metrics.fenced.inc()
+                self.waits.over(self.name, "seal")  # store and catalog have answered
                 self.waits.gone(self.name)
                 self.lost = True
 
