@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from streamlearn.cli.dataset import open_home
+from streamlearn.cli.options import HOME
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config, StoreConfig
@@ -20,7 +21,6 @@ from streamlearn.operate.restore import Outside, config_of, verify
 from streamlearn.operate.restore import restore as restore_into
 from streamlearn.supervise import exclusive
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 S3 = "s3://"
 

@@ -7,10 +7,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from streamlearn.cli.options import HOME
 from streamlearn.contract.config_file import section
 from streamlearn.contract.config_probe import BankConfig
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 
 

@@ -16,6 +16,7 @@ import click
 from ingest.connectors import book, plugins
 from ingest.connectors.base import Cursor, load
 from ingest.connectors.configure import absolute, build, from_connect, to_connect
+from streamlearn.cli.options import HOME
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config, ConnectorConfig
@@ -23,7 +24,6 @@ from streamlearn.contract.errors import ConfigError, NotFound
 from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, SOURCE_STATE, EventLog
 from streamlearn.view import overview
 
-_HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 _NAME = click.argument("name")
@@ -35,7 +35,7 @@ def connectors() -> None:
 
 
 @connectors.command("list")
-@_HOME
+@HOME
 @_JSON
 @click.option("--plugins", "classes", is_flag=True, help="The classes there are, instead.")
 def list_(home: Path, as_json: bool, classes: bool) -> None:
@@ -49,7 +49,7 @@ def list_(home: Path, as_json: bool, classes: bool) -> None:
 
 
 @connectors.command()
-@_HOME
+@HOME
 @_JSON
 @_NAME
 def status(home: Path, name: str, as_json: bool) -> None:
@@ -74,7 +74,7 @@ def validate(file: Path) -> None:
 
 @connectors.command()
 @_FILE
-@_HOME
+@HOME
 @_JSON
 @click.option("--first", type=click.IntRange(min=0), default=5, show_default=True, help="Candidates to show of each connector.")
 def plan(file: Path, home: Path, as_json: bool, first: int) -> None:
@@ -97,7 +97,7 @@ def plan(file: Path, home: Path, as_json: bool, first: int) -> None:
 
 @connectors.command()
 @_FILE
-@_HOME
+@HOME
 @_JSON
 def start(file: Path, home: Path, as_json: bool) -> None:
     """Make the connectors of FILE (.toml, or Connect's .json), or change those that are there already."""
@@ -113,7 +113,7 @@ def _order(name: str, text: str, obey: Callable[[Config, EventLog, str], None]) 
     """A command that takes the name of a connector and leaves a record."""
 
     @connectors.command(name, help=text)
-    @_HOME
+    @HOME
     @_NAME
     def command(home: Path, name: str) -> None:
         config, log = _open(home)
@@ -129,7 +129,7 @@ _order("delete", "Remove it.  Its cursor stays: one made anew under this name go
 
 
 @connectors.command()
-@_HOME
+@HOME
 @_NAME
 @click.option("--reset", is_flag=True, help="Begin anew: what is announced again is announced anew too.")
 @click.option("--set", "cursor", help="Go on there: a JSON object, as this command shows it.")

@@ -17,6 +17,7 @@ from rich.text import Text
 from ingest import audit, look
 from ingest.query import Answer, query, within
 from streamlearn.cli.dataset_change import COMMANDS
+from streamlearn.cli.options import HOME
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file, durable
 from streamlearn.contract.catalog import ShardRow
@@ -24,7 +25,6 @@ from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.event_log import EventLog
 from streamlearn.contract.shards import STORED
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 DAY = click.DateTime(["%Y-%m-%d"])
 SINCE = click.option("--since", type=DAY, help="Only shards of this day (UTC) and later.")

@@ -1,6 +1,5 @@
 """The commands of `streamlearn dataset` that change what is stored.  Each may be killed and run again (docs/dataset-life.md)."""
 
-import getpass
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from streamlearn.cli.options import HOME, user
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.catalog import DeltaCatalog
@@ -48,7 +48,7 @@ def options(command: F) -> F:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Machine-readable."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing."),
-        click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder."),
+        HOME,
     ):
         command = option(command)
     return command
@@ -67,7 +67,7 @@ def say(what: str, found: dict[str, Any], *, dry_run: bool, as_json: bool) -> No
 @click.option("--host", help="A host with all its subdomains.")
 @click.option("--sha256", help="An image by the digest of its bytes, in hex.")
 @click.option("--reason", default="", help="Kept in the record, for audits.")
-@click.option("--by", default=getpass.getuser, help="Who asks; default: the user who runs this.")
+@click.option("--by", default=user, show_default="your user name", help="Who asks; kept in the record.")
 @click.option("--again", is_flag=True, help="Apply every takedown there ever was once more.")
 @options
 def takedown(

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from streamlearn.cli.options import HOME
 from streamlearn.cli.snapshots import open_registry
 from streamlearn.contract.config import Config
 from streamlearn.contract.config_file import from_json
@@ -17,7 +18,6 @@ from streamlearn.contract.errors import ConfigError
 if TYPE_CHECKING:
     from streamlearn.contract.registry import Registry
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 BANK = click.option("--bank", "names", multiple=True, help="Of the configuration, or registered.  [default: all]")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="As torch names it.")

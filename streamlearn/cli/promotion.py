@@ -1,6 +1,5 @@
 """`streamlearn snapshots`: promote, rollback, pin, unpin, history, retain, sign; beside those of cli/snapshots.py."""
 
-import getpass
 import json
 import os
 from dataclasses import asdict
@@ -9,7 +8,8 @@ from typing import Any
 
 import click
 
-from streamlearn.cli.snapshots import ADDRESS, HOME, JSON, config_of, open_registry, snapshots
+from streamlearn.cli.options import HOME, user
+from streamlearn.cli.snapshots import ADDRESS, JSON, config_of, open_registry, snapshots
 from streamlearn.contract.errors import ConfigError
 from streamlearn.contract.registry import Registry
 from streamlearn.snapshots import promote as moving
@@ -22,14 +22,7 @@ __all__ = ["snapshots"]
 PASSWORD = "STREAMLEARN_SIGNING_PASSWORD"
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return f"uid {os.getuid()}"
-
-
-BY = click.option("--by", default=_user, show_default="your user name", help="Who; kept in the record.")
+BY = click.option("--by", default=user, show_default="your user name", help="Who; kept in the record.")
 WHY = click.option("--why", default="", help="Kept in the record.")
 CHANNEL = click.option("--channel", type=click.Choice(CHANNELS), default="stable", show_default=True)
 FORCE = click.option("--force", is_flag=True, help="Past the gate and a pin; the record says so.")

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from streamlearn.cli.options import HOME
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config
@@ -18,7 +19,6 @@ from streamlearn.contract.registry_gc import collect
 from streamlearn.snapshots import pull as reading
 from streamlearn.snapshots.copy import copy as copy_snapshot
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 FORMATS = ("timm", "vissl", "pycls", "onnx", "torch-export")  # snapshots/export.py; here so that `--help` does not wait for torch
 JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 

@@ -1,6 +1,5 @@
 """`streamlearn train`: lr, anneal."""
 
-import getpass
 import json
 import logging
 import signal
@@ -13,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from streamlearn.cli.options import HOME, user
 from streamlearn.cli.roles import Home
 from streamlearn.contract import config_file
 from streamlearn.contract.config import Config
@@ -21,7 +21,6 @@ from streamlearn.contract.orders import Order, orders, send
 from streamlearn.contract.status import read_status
 from streamlearn.supervise import exclusive
 
-HOME = click.option("--home", type=click.Path(path_type=Path), default=Path(".streamlearn"), show_default=True, help="The loop's folder.")
 NAME_LIMIT = 63  # of train.name
 
 
@@ -55,7 +54,7 @@ def lr(*, halve: bool, value: float | None, hold: bool, release: bool, reason: s
         raise ConfigError(f"--{' and --'.join(asked)}: one order at a time; they are taken in the order they are given")
     store = Home(home, _config(home)).store()
     if asked:
-        number = send(store, Order(asked[0], value, by=f"{getpass.getuser()}@{socket.gethostname()}", reason=reason))
+        number = send(store, Order(asked[0], value, by=f"{user()}@{socket.gethostname()}", reason=reason))
         click.echo(f"order {number}: the learner takes it before one of its next steps; `streamlearn train lr --home {home}` says when")
         return
     said = read_status(home).get("train", {})
