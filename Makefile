@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 HOME_DIR ?= .streamlearn
 ARGS ?=
 
-.PHONY: help setup run test check bench secrets compose-check clean
+.PHONY: help setup run test quick check bench secrets compose-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ run: $(VENV)/.base  ## the living loop on the demo world; Ctrl-C ends it, the ne
 
 test: $(VENV)/.ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+quick: $(VENV)/.ready  ## the suite without the tests marked slow, while you work
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
 
 check: $(VENV)/.ready  ## lint, types, formatting
 	$(BIN)/ruff check .

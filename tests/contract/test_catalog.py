@@ -128,6 +128,7 @@ def test_a_unit_without_images_still_moves_the_position(catalog):
     assert catalog.position("candidates", 0) == 5
 
 
+@pytest.mark.slow
 def test_writers_of_different_partitions_do_not_disturb_each_other(catalog, where):
     code = (
         "import json, sys; from tests.contract.test_catalog import *\n"

@@ -92,6 +92,7 @@ def newest(folder):
     return json.loads(pointer.read_bytes())["checkpoints"][0]["step"] if pointer.exists() else -1
 
 
+@pytest.mark.slow
 def test_a_tenth_is_annealed_and_published_and_the_trunk_goes_on_bit_for_bit(trunk, tmp_path):
     alone, home, release = tmp_path / "alone", tmp_path / "home", tmp_path / "release"
     for copy in (alone, home):
@@ -121,6 +122,7 @@ def killed(release, home, steps, reached):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_nothing_half_is_published_and_the_same_command_ends_with_the_same_weights(trunk, tmp_path):
     steps, whole, release = 40, tmp_path / "whole", tmp_path / "release"
     before = digests(trunk)

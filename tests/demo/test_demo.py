@@ -1,5 +1,6 @@
 """The image world: the same everywhere, hard for pixels, broken as the web is broken, and it drifts."""
 
+import socket
 import threading
 import time
 import urllib.error
@@ -21,6 +22,7 @@ from streamlearn.probes.features import raw_pixels
 from streamlearn.probes.knn import accuracy, knn
 from streamlearn.stream.decode import decode
 
+SMALL = 16  # px; where the pictures do not matter, their banks are soon drawn
 WORLD = World(seed=7, size=48, quarter_images=500)
 
 
@@ -35,6 +37,7 @@ def test_each_quarter_brings_new_concepts():
     assert set(seen) == set(WORLD.concepts(1)) and min(seen.values()) > 20
 
 
+@pytest.mark.slow
 def test_raw_pixels_do_badly(tmp_path):
     write_banks(tmp_path, WORLD)
     bank = load_bank(
@@ -48,7 +51,7 @@ def test_raw_pixels_do_badly(tmp_path):
 
 def test_the_server_serves_breaks_and_keeps_its_port(tmp_path):
     config = demo_config(tmp_path)
-    config = config.model_copy(update={"demo": config.demo.model_copy(update={"max_images": 120})})
+    config = config.model_copy(update={"demo": config.demo.model_copy(update={"max_images": 120, "size": SMALL})})
 
     def run():
         stop = threading.Event()
@@ -96,12 +99,12 @@ def WORLD_OF(config):
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(tmp_path):
-    import socket
-
+    config = demo_config(tmp_path)
+    config = config.model_copy(update={"demo": config.demo.model_copy(update={"size": SMALL})})
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         (tmp_path / "demo").mkdir()
         (tmp_path / "demo" / "port").write_text(str(s.getsockname()[1]))
         with pytest.raises(ConfigError, match="is taken by another process; free it, or use a new home"):
-            run_demo(demo_config(tmp_path), tmp_path, DemoMetrics(CollectorRegistry()), Heartbeat(tmp_path, "demo"), threading.Event())
+            run_demo(config, tmp_path, DemoMetrics(CollectorRegistry()), Heartbeat(tmp_path, "demo"), threading.Event())

@@ -269,6 +269,7 @@ def test_units_end_before_their_disk_is_full_and_nothing_is_fetched_twice(tmp_pa
     dataset.check(base, range(90), site.body)
 
 
+@pytest.mark.slow
 def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(tmp_path, small_spool, bucket):
     site = Gallery(30_000)
     log = SqliteLog(tmp_path / "home" / "log.sqlite")
@@ -293,6 +294,7 @@ def test_a_spool_disk_that_others_fill_is_waited_for_with_what_has_come_in_hand(
     dataset.check(base, range(90), site.body)
 
 
+@pytest.mark.slow
 def test_a_unit_that_others_leave_no_room_to_be_closed_is_fetched_again(tmp_path, small_spool, bucket):
     site = Gallery(30_000)
     log = SqliteLog(tmp_path / "home" / "log.sqlite")

@@ -70,6 +70,7 @@ def test_every_body_has_its_verdict_and_the_client_goes_on():
     assert not {n: r for n, r in found.items() if not expected(n, verdicts[n], getattr(r, "reason", ""))}
 
 
+@pytest.mark.slow
 def test_no_answer_takes_more_memory_or_time_than_its_caps_and_none_kills_its_process():
     """Each in a process of its own, by the kernel's account (hostile_measure.py)."""
     argv = [sys.executable, "-m", "tests.ingest.hostile_measure"]

@@ -27,7 +27,7 @@ DEADLINE_S = 120.0
 def filled(tmp_path_factory):
     with serving(Ageing()) as base:
         home = tmp_path_factory.mktemp("filled")
-        fetched(home, *(f"{base}/{n}.jpg" for n in range(6)), max_samples=2, max_age_s=60)
+        fetched(home, *(f"{base}/{n}.jpg" for n in range(6)), max_samples=3, max_age_s=60)  # one shard in each partition
         yield home, base
 
 

@@ -24,6 +24,7 @@ def found(tmp_path_factory, data_dir):
     return {arm: json.loads(file_of(arm, 0, args).read_bytes()) for arm in args.arms}
 
 
+@pytest.mark.slow
 def test_a_run_without_fault_raises_no_alarm_and_says_how_near_it_came(found):
     clean = found["none"]
     assert clean["rollbacks"] == [] and clean["withheld"] == [] and (clean["skipped"], clean["bad"]) == (0, 0)
@@ -41,6 +42,7 @@ def skipped(rollbacks):
     return sum(end - start for start, end in spans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["nan", "constant", "overflow"])
 def test_each_fault_is_found_and_undone_and_the_learner_goes_on_to_publish(found, arm):
     one = found[arm]

@@ -164,6 +164,7 @@ def test_a_result_that_only_the_registry_had_is_drawn_too(tmp_path):
     assert "90.0% at step 900" in page and "0.900.0" in part(page, "snapshots")
 
 
+@pytest.mark.slow
 def test_a_browser_shows_a_real_home_without_complaint_on_a_desk_and_on_a_phone(tmp_path, data_dir):
     config, registry = real(tmp_path, data_dir)
     told(tmp_path)

@@ -136,6 +136,7 @@ def test_pycls_loads_its_file_by_its_own_means_with_difference_zero(registry, tm
     assert torch.equal(elsewhere(PYCLS, folder, x, tmp_path, "7"), features(load_trunk(registry, tag).eval(), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tag", "shapes"), [("candidate", [(1, 3, 32, 32), (5, 3, 32, 32), (3, 3, 48, 40)]), ("stable", [(2, 3, 96, 64)])])
 def test_the_exported_program_gives_difference_zero_in_a_fresh_process_for_any_batch_and_size(registry, tmp_path, tag, shapes):
     folder, _ = export(registry, tag, tmp_path / "pt2", "torch-export")

@@ -44,6 +44,7 @@ def test_a_snapshot_is_the_same_wherever_it_is_published(near, far, tmp_path):
     assert pulled[0] == pulled[1] and set(pulled[0]) == {"README.md", "config.json", "metrics.json", "model.safetensors"}
 
 
+@pytest.mark.slow
 def test_cut_off_at_any_request_a_snapshot_is_whole_or_not_there_and_the_next_try_completes_it(tmp_path):
     """As `killed at any step` has it, over the wire: the nth request and all after it fail."""
     made = export(1)

@@ -48,7 +48,9 @@ def test_a_role_is_alive_before_it_is_ready_and_ends_by_sigterm(tmp_path, role):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").write_bytes(picture(1))
     source = ConnectorConfig.of("images", "folder", path=str(tmp_path / "images"))
-    config = Config(home=str(tmp_path / "home"), connectors=(source,), log_format="json", serve={"enabled": True, "port": 0})
+    config = Config(
+        home=str(tmp_path / "home"), connectors=(source,), log_format="json", serve={"enabled": True, "port": 0}, demo={"size": 16}
+    )
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, "-m", "streamlearn", "role", role, "--home", str(tmp_path / "home")]

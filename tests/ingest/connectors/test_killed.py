@@ -112,6 +112,7 @@ def sources(tmp_path, bucket):
         }
 
 
+@pytest.mark.slow
 def test_killed_with_minus_nine_every_source_is_announced_exactly_once(tmp_path, sources):
     home, kinds = tmp_path / "home", {"txt": "urls", "csv": "urls", "one": "urls", "parts": "urls"}
     home.mkdir()
