@@ -11,7 +11,7 @@ One instance belongs to one thread; only `check` may be called before that, by o
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from streamlearn.contract.candidate import Candidate
 from streamlearn.contract.config import Section
@@ -51,6 +51,13 @@ class Connector(Protocol):
 
     def close(self) -> None:
         """Let go of what `check` and `discover` opened.  Called once, also after a fault; no call follows it."""
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A connector that answers requests.  Before its first `discover` it is given whom to tell of each: HTTP status, seconds it took."""
+
+    answered: Callable[[int, float], None]
 
 
 def dump(state: dict[str, Any]) -> bytes:

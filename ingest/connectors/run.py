@@ -18,6 +18,7 @@ connector waits for at its source is the connector's own (`retrying`), and no ot
 """
 
 import contextlib
+import functools
 import json
 import logging
 import threading
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ingest.connectors import book
-from ingest.connectors.base import Connector, Cursor, Found, dump, load
+from ingest.connectors.base import Answers, Connector, Cursor, Found, dump, load
 from ingest.connectors.configure import build
 from ingest.connectors.worker import Workers
 from streamlearn.contract.candidate import Candidate, politeness_key
@@ -58,6 +59,8 @@ def run_connect(
 
     def open_source(entry: book.Entry) -> Source:
         connector = build(entry.config)
+        if isinstance(connector, Answers):
+            connector.answered = functools.partial(_answered, metrics)
         try:
             connector.check()
             log.ensure_topic(entry.config.dead_letter_topic, config.log.partitions)
@@ -95,6 +98,11 @@ def _serve(config: Config, log: EventLog, workers: Workers, metrics: ConnectMetr
     from ingest.api import Api, serve
 
     return serve(Api(config, log, workers, token=token), config.connect, metrics)
+
+
+def _answered(metrics: ConnectMetrics, status: int, seconds: float) -> None:
+    metrics.pushes.labels(f"{status // 100}xx").inc()
+    metrics.push_seconds.observe(seconds)
 
 
 def _tell_state(states: dict[str, dict[str, object]], waits: Waits, metrics: ConnectMetrics, heartbeat: Heartbeat) -> None:

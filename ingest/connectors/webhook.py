@@ -18,7 +18,7 @@ The answers: 202; 400 what is wrong and where; 401 no or a wrong token; 408 a bo
 
 import hmac
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -49,6 +49,7 @@ class WebhookConnector:
 
     def __init__(self, name: str, options: WebhookOptions):
         self.name, self.options = name, options
+        self.answered: Callable[[int, float], None] = lambda status, seconds: None
         self._server: Server | None = None
         self._begun: list[Push] = []  # given to the runner, not settled yet
 
@@ -87,7 +88,7 @@ class WebhookConnector:
                 if self.options.anonymous and not token
                 else (lambda given: bool(token) and hmac.compare_digest(given, token))
             )
-            self._server = Server(self.options, allowed)
+            self._server = Server(self.options, allowed, self.answered)
         server = self._server
         server.put_back(self._begun)  # whoever comes again before they were settled has not recorded them
         self._begun = []

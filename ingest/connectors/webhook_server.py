@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -56,9 +57,9 @@ class Push:
 
 
 class Server:
-    def __init__(self, limits: Limits, allowed: Callable[[bytes], bool]):
-        """Listens once this returns.  Raises Retryable where it cannot."""
-        self.limits, self.allowed, self.port = limits, allowed, 0
+    def __init__(self, limits: Limits, allowed: Callable[[bytes], bool], answered: Callable[[int, float], None]):
+        """Listens once this returns.  `answered` is told of each push, in the server's thread.  Raises Retryable where it cannot listen."""
+        self.limits, self.allowed, self.answered, self.port = limits, allowed, answered, 0
         self._waiting: deque[Push] = deque()
         self._lock, self._closing = threading.Lock(), False
         self._loop, started = asyncio.new_event_loop(), threading.Event()
@@ -120,7 +121,7 @@ class Server:
 
     def _application(self) -> web.Application:
         app = web.Application(client_max_size=self.limits.max_body_bytes)
-        app.router.add_post("/v1/candidates", self._push)
+        app.router.add_post("/v1/candidates", self._counted)
         app.router.add_get("/healthz", self._healthz)
         self._bodies = asyncio.Semaphore(BODIES)
         return app
@@ -130,6 +131,18 @@ class Server:
 
     def _num_waiting(self) -> int:
         return sum(len(p.items) for p in self._open)
+
+    async def _counted(self, request: web.Request) -> web.Response:
+        began, status = time.monotonic(), 500
+        try:
+            answer = await self._push(request)
+            status = answer.status
+            return answer
+        except web.HTTPException as e:  # aiohttp's own: a body that is no HTTP
+            status = e.status
+            raise
+        finally:  # one that is given up by its sender, too
+            self.answered(status, time.monotonic() - began)
 
     async def _push(self, request: web.Request) -> web.Response:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")

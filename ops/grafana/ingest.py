@@ -48,6 +48,21 @@ BOARD = Board(
                     "99th percentile by path.",
                     (quantile(0.99, "connect_request_duration_seconds", "route"), "{{route}}"),
                 ),
+                panel(
+                    45,
+                    "Webhooks: pushes a second",
+                    "short",
+                    "To connectors of class webhook, by how they ended; 4xx: refused, or full (429).",
+                    (per("connect_webhook_requests_total", "code"), "{{code}}"),
+                ),
+                panel(
+                    46,
+                    "Webhooks: time of a push",
+                    "s",
+                    "Until what it brings is durable.",
+                    (quantile(0.5, "connect_webhook_request_duration_seconds"), "median"),
+                    (quantile(0.99, "connect_webhook_request_duration_seconds"), "99th percentile"),
+                ),
             ),
         ),
         Row(

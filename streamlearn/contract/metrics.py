@@ -114,6 +114,11 @@ class ConnectMetrics:
         _each(self.requests, API_ROUTES, ANSWERED)
         self.seconds = Histogram("connect_request_duration_seconds", "One request", ["route"], registry=registry, buckets=_QUICK)
         _each(self.seconds, API_ROUTES)
+        self.pushes = Counter("connect_webhook_requests", "Pushes to webhook connectors, by how they ended", ["code"], registry=registry)
+        _each(self.pushes, ANSWERED)
+        self.push_seconds = Histogram(
+            "connect_webhook_request_duration_seconds", "One push, until what it brings is durable", registry=registry, buckets=_QUICK
+        )
         self.heartbeat = _heartbeat("connect", registry)
 
 

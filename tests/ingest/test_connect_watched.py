@@ -1,16 +1,19 @@
 """What the role `connect` tells those who watch it: the requests to its API, and what it waits for."""
 
+import urllib.error
+import urllib.request
+
 import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from ingest.api import Api, routes
 from streamlearn.contract import metrics
-from streamlearn.contract.config import Config
+from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import StoreFull
 from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, SqliteLog
 from streamlearn.contract.metrics import ConnectMetrics, set_waiting
-from tests.ingest.connecting import Role, make_log, until, urls
+from tests.ingest.connecting import Role, free_port, make_log, until, urls
 from tests.ingest.steps import config, expected, installed
 
 
@@ -59,6 +62,41 @@ def test_requests_are_counted_by_path_and_status_and_timed(tmp_path):
         assert [counted("/connectors/{name}/status", code) for code in metrics.ANSWERED] == [1, 0, 1, 0]
         assert role.metric("connect_request_duration_seconds_count", route="/connectors/{name}/status") == 2
         assert role.metric("connect_request_duration_seconds_sum", route="/connectors/{name}/status") > 0
+
+
+def push(port, body, token):
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/candidates", body, {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as e:
+        return e.code
+    except urllib.error.URLError:  # it does not listen yet
+        return None
+
+
+def test_pushes_are_counted_by_status_and_timed_until_they_are_durable(tmp_path):
+    port = free_port()
+    (tmp_path / "token").write_text("secret")
+    source = ConnectorConfig.of("push", "webhook", port=port, token_file=str(tmp_path / "token"), settle_s=2.0, poll_s=0.05)
+    log = make_log(tmp_path, FullLog)
+    with Role(tmp_path, log=log, connectors=(source,)) as role:
+
+        def counted():
+            return [role.metric("connect_webhook_requests_total", code=code) for code in metrics.ANSWERED]
+
+        assert counted() == [0, 0, 0, 0]
+        until(lambda: push(port, b'{"url": "http://x/0.jpg"}', "wrong") == 401)
+        assert [push(port, body, "secret") for body in (b'{"url": "http://x/1.jpg"}', b"{")] == [202, 400]
+        log.full = {CANDIDATES}
+        assert push(port, b'{"url": "http://x/2.jpg"}', "secret") == 503
+        assert counted() == [1, 0, 2, 1]
+        assert role.metric("connect_webhook_request_duration_seconds_count") == 4
+        assert role.metric("connect_webhook_request_duration_seconds_sum") > 2
+        log.full = frozenset()
+    assert "http://x/1.jpg" in urls(log)
 
 
 def test_whatever_is_asked_for_the_series_stay_those_that_were_made_in_advance(tmp_path):

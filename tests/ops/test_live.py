@@ -44,6 +44,7 @@ WITHOUT = {
     "learner_gpu_memory_size_bytes": "likewise",
     "evaluator_transfer_ratio": "a second generation begins with a quarter",
 }
+JSON = {"Content-Type": "application/json"}
 FIGURES = (  # of `status --json`, and what a dashboard asks for the same
     ("learner_step_number", lambda s: s["train"]["step"]),
     ("sum(learner_images_total)", lambda s: s["train"]["images"]),
@@ -86,13 +87,17 @@ def scraping(folder, home, port):
     return file
 
 
-def pull(home):
-    """As clients of both protocols do, and of the connectors' API."""
+def pull(home, push_port):
+    """As clients of both protocols do, and of the connectors' API; and a push to a webhook, which is refused: the world stays as it is."""
     said = json.loads((home / "status/serve.json").read_text())
     at, name = f"http://127.0.0.1:{said['port']}", json.loads((home / "config.json").read_text())["train"]["name"]
     rest = json.loads((home / "config.json").read_text())["connect"]["rest_port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{rest}/connectors", timeout=60) as answer:
+    config = {"connector.class": "webhook", "port": push_port, "anonymous": True}
+    put = urllib.request.Request(f"http://127.0.0.1:{rest}/connectors/push/config", json.dumps(config).encode(), JSON, method="PUT")
+    with urllib.request.urlopen(put, timeout=60) as answer:
         answer.read()
+    with contextlib.suppress(OSError):  # 400, or it does not listen yet
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{push_port}/v1/candidates", b"{", JSON), timeout=60)
     for path in (f"v2/{name}/tags/list", f"v2/{name}/manifests/candidate", f"api/models/{name}/revision/candidate", ""):
         with urllib.request.urlopen(f"{at}/{path}", timeout=60) as answer:
             answer.read()
@@ -141,14 +146,15 @@ def test_every_dashboard_is_filled_by_an_embedded_loop_and_agrees_with_its_statu
         until(lambda: prometheus.up(roles | {"prometheus"}), "not every target is up")
         assert all(rule["health"] in ("ok", "unknown") for g in prometheus.get("api/v1/rules")["data"]["groups"] for rule in g["rules"])
         until(lambda: prometheus.value("max(learner_snapshot_timestamp_seconds)") > 0, "no snapshot")
-        pull(home)
+        push_port = free_port()
+        pull(home, push_port)
 
         def empty():
             asked = [(where, expr) for where, expr in queries.asked() if not queries.names(expr) & set(WITHOUT)]
             return {(where, expr) for where, expr in asked if not prometheus.drawn(expr, since)}
 
         def filled():
-            pull(home)
+            pull(home, push_port)
             announce(home)
             return not empty()
 
