@@ -64,6 +64,14 @@ def test_progress_burns_as_freshness_does(speed):
     assert progress == freshness.replace("stream_late:ratio_rate", "learner_idle:ratio").replace("0.05", "0.01")
 
 
+def test_what_is_recorded_looks_as_far_back_as_its_name_says():
+    named = {rule["record"]: rule["expr"] for rule in queries.rules() if re.search(r"\d+[mhd]$", rule.get("record", ""))}
+    assert len(named) >= 20
+    for name, expr in named.items():
+        ranges = set(re.findall(r"\[(\w+)(?::\w+)?\]", expr))
+        assert ranges == {re.search(r"\d+[mhd]$", name)[0]}, (name, ranges)
+
+
 def test_every_alert_names_its_severity_its_page_and_its_panel():
     boards = queries.boards()
     for name, rule in queries.alerts().items():
