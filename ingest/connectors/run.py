@@ -34,7 +34,7 @@ from streamlearn.contract.candidate import Candidate, politeness_key
 from streamlearn.contract.config import Config, ConnectorConfig
 from streamlearn.contract.errors import ConfigError, Corrupt, Retryable
 from streamlearn.contract.event_log import CANDIDATES, CONNECTOR_CONFIGS, DEAD_LETTERS, SOURCE_STATE, EventLog, NewRecord
-from streamlearn.contract.metrics import CONNECTOR_STATES, ConnectMetrics, set_waiting
+from streamlearn.contract.metrics import ANSWERED, CONNECTOR_STATES, ConnectMetrics, set_waiting
 from streamlearn.contract.status import Heartbeat, now
 from streamlearn.contract.waits import Waits
 
@@ -101,7 +101,8 @@ def _serve(config: Config, log: EventLog, workers: Workers, metrics: ConnectMetr
 
 
 def _answered(metrics: ConnectMetrics, status: int, seconds: float) -> None:
-    metrics.pushes.labels(f"{status // 100}xx").inc()
+    code = f"{status // 100}xx"
+    metrics.pushes.labels(code if code in ANSWERED else "5xx").inc()  # whatever a plugin says: the set is closed
     metrics.push_seconds.observe(seconds)
 
 
