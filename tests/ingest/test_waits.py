@@ -92,3 +92,24 @@ def test_the_longest_of_several_that_went_away_is_counted_on_and_the_longest_ope
     assert gauge(waits) == 70 and waits.told()["waiting_on"] == "store"
     waits.over("candidates/1", "recover")
     assert gauge(waits, "broker") == 10
+
+
+def test_of_two_steps_that_a_lane_left_behind_the_longer_wait_is_counted_on(waits, clock):
+    out(waits, "candidates/0", "seal")
+    clock.now += 60
+    out(waits, "candidates/1", "recover")
+    waits.gone("candidates/0")
+    waits.gone("candidates/1")
+    out(waits, "candidates/2", "recover")
+    assert gauge(waits) == 60
+
+
+def test_a_wait_that_was_over_long_ago_is_not_what_the_next_lane_leaves_behind(waits, clock):
+    out(waits, "candidates/0", "seal")
+    waits.gone("candidates/0")
+    clock.now += CARRIED_S
+    out(waits, "candidates/0", "seal")
+    clock.now += 5
+    waits.gone("candidates/0")
+    out(waits, "candidates/1", "seal")
+    assert gauge(waits) == 5
