@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from streamlearn.contract.errors import Corrupt, NotFound, StoreFull
 from streamlearn.contract.object_store import POINTER, ObjectStore
+from streamlearn.contract.status import now
 from streamlearn.learn import sharded
 from streamlearn.learn.ranks import TIMEOUT_S, Ranks
 
@@ -58,6 +59,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if self.ranks.world > 1 else None
         self.failures = 0
         self.last_step = -1  # of the newest committed checkpoint
+        self.written: tuple[int, str] | None = None  # step and time (RFC 3339) of the newest that this process has committed
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -130,7 +132,7 @@ class Checkpoints:
             buffer = io.BytesIO()
             torch.save(state, buffer)
             commit(buffer.getvalue(), [], "pt")
-        self.last_step = step
+        self.last_step, self.written = step, (step, now())
 
     def _commit(self, data: bytes, kind: str, entry: dict[str, Any], forget: bool) -> None:
         """Steps 3 to 5, of the index if it is a sharded one."""

@@ -34,7 +34,7 @@ class Recorder:
         self.rank = math.nan
         self.failures = 0  # told to the metrics so far
         self.told: dict[str, int] = {}  # likewise, of the stream's counters
-        self.committed = -1  # step of the newest checkpoint
+        self.written: tuple[int, str] | None = None  # the newest checkpoint that was told
         self.metrics.chance.set(state.guard.ln_k)
         self.device = Device(next(state.model.parameters()).device)
 
@@ -191,14 +191,16 @@ class Recorder:
         self.heart.beat(force=force, **known, **more)
 
     def checkpointed(self, checkpoints: Checkpoints) -> None:
-        """What is committed by now; the newest may still be on its way to the store."""
-        if checkpoints.last_step != self.committed:
-            self.committed = checkpoints.last_step
+        """What has been committed or has failed since; the newest may still be on its way to the store."""
+        if checkpoints.written is not None and checkpoints.written != self.written:
+            self.written = step, at = checkpoints.written
             self.metrics.checkpoints.inc()
-            self.metrics.checkpoint_at.set_to_current_time()
-        self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
-        self.failures = checkpoints.failures
-        self.heart.beat(force=True, last_checkpoint={"step": self.committed, "at": now()}, checkpoint_failures=self.failures)
+            self.metrics.checkpoint_at.set(datetime.fromisoformat(at).timestamp())
+            self.heart.beat(force=True, last_checkpoint={"step": step, "at": at}, checkpoint_failures=self.failures)
+        if checkpoints.failures > self.failures:
+            self.metrics.checkpoint_failures.inc(checkpoints.failures - self.failures)
+            self.failures = checkpoints.failures
+            self.heart.beat(force=True, checkpoint_failures=self.failures)
 
     def withheld(self, state: TrainState) -> None:
         self.metrics.withheld.inc()

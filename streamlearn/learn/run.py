@@ -221,6 +221,7 @@ class Learner:
 
     def save(self, state: TrainState, step: Step) -> None:
         """A watcher: checkpoints and snapshots at their steps."""
+        self.recorder.checkpointed(self.checkpoints)  # one that was written behind the training's back
         publish_now = state.step % self.config.train.snapshot_steps == 0
         if step.skipped or not (publish_now or state.step % self.config.train.checkpoint_steps == 0):
             return  # a skipped stretch must not push the checkpoints before it out of the newest K: the next rollback may need them

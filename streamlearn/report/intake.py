@@ -78,15 +78,11 @@ def _sources(told: Told) -> str:
 def freshness(told: Told) -> str:
     """How old the newest of everything is."""
     told_of = told.told
-    stream = told_of("train", "stream") or {}
+    stream, checkpoint = told_of("train", "stream") or {}, told_of("train", "last_checkpoint") or {}
     marks = [
         ("image stored", told_of("fetch", "last_shard_at"), f"{told_of('fetch', 'lag') or 0:,} candidates wait to be fetched"),
         ("step", (told.learnt.lines or [{}])[-1].get("at"), _ahead(stream)),
-        (
-            "checkpoint",
-            (told_of("train", "last_checkpoint") or {}).get("at"),
-            f"step {(told_of('train', 'last_checkpoint') or {}).get('step', '–')}",
-        ),
+        ("checkpoint", checkpoint.get("at"), f"step {checkpoint['step']}" if checkpoint else "none yet since its start"),
         (
             "snapshot",
             (told_of("train", "last_snapshot") or {}).get("at"),

@@ -2,16 +2,17 @@
 
 import hashlib
 import threading
+from datetime import datetime
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
 from streamlearn.contract.durable import read_lines
-from streamlearn.contract.errors import ConfigError, Retryable
+from streamlearn.contract.errors import ConfigError, Retryable, StoreFull
 from streamlearn.contract.metrics import LearnerMetrics
 from streamlearn.contract.object_store import FolderStore
-from streamlearn.contract.status import Heartbeat, read_status
+from streamlearn.contract.status import Heartbeat, now, read_status
 from streamlearn.learn.checkpoint import Checkpoints
 from streamlearn.learn.recorder import RECORD_EVERY, Recorder
 from streamlearn.learn.run import run_train
@@ -37,7 +38,7 @@ class Shelf:
         return f"0.{export.step}.0", digest
 
 
-def learn(home, end, shelf, config=None, stop=None, registry=None, warm=None):
+def learn(home, end, shelf, config=None, stop=None, registry=None, warm=None, store=None):
     config = config or small_config(checkpoint_steps=2, snapshot_steps=4, bn_images=8, max_steps=end)
     metrics, heart = LearnerMetrics(registry or CollectorRegistry()), Heartbeat(home, "train", period_s=0)
     stop = stop or threading.Event()
@@ -45,7 +46,7 @@ def learn(home, end, shelf, config=None, stop=None, registry=None, warm=None):
     return run_train(
         config,
         lambda s: PlainStream(s, 100, stop),
-        FolderStore(home / "store"),
+        store or FolderStore(home / "store"),
         shelf,
         metrics,
         heart,
@@ -83,6 +84,33 @@ def test_what_is_published_says_where_it_comes_from(tmp_path):
     export = shelf.exports[4][1]
     assert export.cursor == {"candidates/0": 4} and export.metrics["images"] == 32
     assert not any(name.startswith("head") for name in export.weights) and export.width == 368
+
+
+class FullAfter(FolderStore):
+    """A store that has room for one checkpoint, and no more."""
+
+    full_at = ""
+
+    def put(self, key, data):
+        if key.endswith(".pt") and any(known.endswith(".pt") for known in self.list("checkpoints/")):
+            self.full_at = self.full_at or now()
+            raise StoreFull(f"{key}: no space left")
+        return super().put(key, data)
+
+
+def test_the_newest_checkpoint_is_told_with_the_time_it_was_committed_at_and_no_other_is(tmp_path):
+    store, first, second = FullAfter(tmp_path / "store"), CollectorRegistry(), CollectorRegistry()
+    learn(tmp_path, 10, Shelf(), registry=first, store=store)
+    status = read_status(tmp_path)["train"]
+    assert status["last_checkpoint"]["step"] == 2 and status["last_checkpoint"]["at"] <= store.full_at
+    assert (
+        status["checkpoint_failures"] == first.get_sample_value("learner_checkpoint_failures_total") == 5
+    )  # at 4, 6, 8, 10, and at its end
+    assert first.get_sample_value("learner_checkpoints_total") == 1
+    assert 0 < first.get_sample_value("learner_checkpoint_timestamp_seconds") <= datetime.fromisoformat(store.full_at).timestamp()
+    learn(tmp_path, 2, Shelf(), registry=second, store=store)  # it goes on from there, and writes nothing
+    assert "last_checkpoint" not in read_status(tmp_path)["train"]
+    assert second.get_sample_value("learner_checkpoints_total") == second.get_sample_value("learner_checkpoint_timestamp_seconds") == 0
 
 
 def test_it_tells_what_it_does(tmp_path):
